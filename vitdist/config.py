@@ -1,0 +1,455 @@
+"""Every setting of a run: typed, bounded, explained under its field. Imports no torch.
+
+    settings = config.load("configs/demo.yaml", ["optim.lr=3e-4"])
+
+Rules: 1. the defaults below, 2. the YAML file over them, 3. dotted overrides over both.
+What a run really used stands in its folder as `config.yaml`.
+"""
+
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used. The text names every fault, one a line, and the way out."""
+
+
+class Section(BaseModel):
+    """A group of settings: unknown names are refused, values are never coerced or changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# YAML has no tuples: a list of exactly two (three) numbers is taken for one.
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+
+
+class Data(Section):
+    train: str
+    """Folder of indexed training shards (made by `vitdist pack`)."""
+    val: str
+    """Folder of indexed validation shards with the same classes."""
+    workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
+    """Loader processes for each rank; 0 loads in the rank itself. auto: 0 on a CPU, else the cores of a rank, at most 8."""
+    crop_scale: Pair = (0.08, 1.0)
+    """Share of the picture's area that a random resized crop keeps (Inception's 0.08 to 1)."""
+    crop_ratio: Pair = (3 / 4, 4 / 3)
+    """Width to height of a random resized crop."""
+    flip: Fraction = 0.5
+    """Chance of a horizontal flip. 0 where left and right differ (digits, text)."""
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Side of the central crop over the resized short side in evaluation (224/256)."""
+    mean: Triple = (0.5, 0.5, 0.5)
+    """Mean of each channel, pixels in 0 to 1. 0.5 is what Google's ViT checkpoints were trained with."""
+    std: Triple = (0.5, 0.5, 0.5)
+    """Standard deviation of each channel, pixels in 0 to 1."""
+    max_bad: Fraction = 0.001
+    """Share of unreadable samples in an epoch over which the run ends."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "Data":
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two rising numbers above 0, not [{low}, {high}]")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale is a share of the picture: at most 1, not {self.crop_scale[1]}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be above 0")
+        return self
+
+
+class Scratch(Section):
+    """The shape of a ViT that starts from random weights."""
+
+    patch_size: Annotated[int, Field(ge=1)] = 16
+    width: Annotated[int, Field(ge=1)] = 192
+    """Hidden size."""
+    depth: Annotated[int, Field(ge=1, le=200)] = 12
+    """Number of blocks."""
+    heads: Annotated[int, Field(ge=1)] = 3
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Scratch":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class Model(Section):
+    pretrained: str | None = None
+    """A Hugging Face id or a local folder of a ViT (`save_pretrained`). Give this or `scratch`."""
+    scratch: Scratch | None = None
+    """Random weights of this shape. Give this or `pretrained`."""
+    image_size: Annotated[int, Field(ge=8, le=2048)] = 224
+    """Side of the square input in pixels. Position embeddings of a checkpoint are interpolated to it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more arithmetic, far less memory."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "Model":
+        if (self.pretrained is None) == (self.scratch is None):
+            raise ValueError("give exactly one of model.pretrained and model.scratch")
+        if self.scratch and self.image_size % self.scratch.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.scratch.patch_size}")
+        return self
+
+
+class Train(Section):
+    global_batch: Annotated[int, Field(ge=1)] | None = None
+    """Samples of one update over all ranks = micro_batch x accumulation x ranks. Give any two, or the global batch."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Samples of one forward pass of one rank."""
+    accumulation: Annotated[int, Field(ge=1)] | None = None
+    """Forward passes of one rank for each update."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in passes over the training set. Give this or `steps`."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Length of the run in updates. Give this or `epochs`."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides initial weights, order and augmentation; the same seed gives the same run."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of train.epochs and train.steps")
+        if self.global_batch is None and self.micro_batch is None:
+            raise ValueError("give train.global_batch (the samples of one update), or train.micro_batch")
+        return self
+
+
+class Optim(Section):
+    lr: Annotated[float, Field(gt=0, le=100)] = 1e-3
+    """Peak learning rate of the head; the layers below get lr x layer_decay^(distance from the head)."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Factor from one layer to the one below it (BEiT, MAE). 1 gives all layers the same rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled weight decay (AdamW) of weights with two or more dimensions; others have none."""
+    betas: Pair = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient over all ranks; 0 does not clip."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From the peak, after the warm-up, down to min_lr at the last step."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the run in which the rate rises linearly to its peak."""
+    min_lr: Fraction = 0.01
+    """Rate at the end of the schedule, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _betas(self) -> "Optim":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, not {list(self.betas)}")
+        return self
+
+
+class Engine(Section):
+    zero: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too, 3 the weights too."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """auto: fp16 with dynamic loss scaling on a GPU, fp32 on a CPU."""
+    loss_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
+    """fp16: the loss scale starts at 2 to this power."""
+    loss_scale_window: Annotated[int, Field(ge=1)] = 1000
+    """fp16: steps without an overflow after which the scale doubles."""
+    loss_scale_hysteresis: Annotated[int, Field(ge=1)] = 2
+    """fp16: overflows before the scale is halved."""
+    compile: bool = False
+    """torch.compile the model: slower start, faster steps on a GPU."""
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """CPU threads of one rank; auto: its share of the cores. Recorded, since it changes the last bits of sums."""
+
+
+class Evaluation(Section):
+    every_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training set between evaluations; the last step is always evaluated."""
+    batch: Annotated[int, Field(ge=1)] | None = None
+    """Samples of one rank in one forward pass; default: twice the micro batch (no gradients to keep)."""
+
+
+class Checkpoint(Section):
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; default: at each evaluation. A stop signal and the end always save."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest complete checkpoints kept. At least 2: the newest may turn out torn."""
+
+
+class Tracking(Section):
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between rows in metrics.jsonl, on the console and in W&B."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online where an API key is found, else offline (upload later with `vitdist sync`)."""
+    project: str = "vitdist"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; default: that of the key."""
+
+
+class Config(Section):
+    data: Data
+    model: Model
+    train: Train
+    optim: Optim = Optim()
+    engine: Engine = Engine()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+
+class Batch(Section):
+    """How one update is split over ranks: global_batch = micro_batch x accumulation x world."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world: int
+
+
+def split_batch(train: Train, world: int) -> Batch:
+    """Derive what `train` leaves open of global batch, micro batch and accumulation for `world` ranks.
+
+    Raises SettingsError if the numbers do not multiply up, naming values that would.
+    """
+    if train.global_batch is None:
+        assert train.micro_batch is not None
+        accumulation = train.accumulation or 1
+        return Batch(
+            global_batch=train.micro_batch * accumulation * world,
+            micro_batch=train.micro_batch,
+            accumulation=accumulation,
+            world=world,
+        )
+    total = train.global_batch
+    if total % world:
+        near = sorted({max(1, total // world) * world, (total // world + 1) * world})
+        raise SettingsError(
+            f"train.global_batch {total} does not divide over {world} ranks: "
+            f"use {' or '.join(map(str, near))}, or another number of nodes"
+        )
+    per_rank = total // world
+    if train.micro_batch and train.accumulation:
+        if train.micro_batch * train.accumulation != per_rank:
+            raise SettingsError(
+                f"train.global_batch {total} is not micro_batch {train.micro_batch} x accumulation "
+                f"{train.accumulation} x {world} ranks = {train.micro_batch * train.accumulation * world}: leave one of them out"
+            )
+        micro, accumulation = train.micro_batch, train.accumulation
+    elif train.micro_batch:
+        # A cluster with fewer ranks accumulates; one with more simply has less to do in each rank.
+        micro = min(train.micro_batch, per_rank)
+        accumulation = per_rank // micro
+        if micro * accumulation != per_rank:
+            raise SettingsError(
+                f"train.global_batch {total} gives each of {world} ranks {per_rank} samples, "
+                f"which micro_batch {micro} does not divide: use {math.gcd(per_rank, micro)}, or leave it out"
+            )
+    else:
+        accumulation = train.accumulation or 1
+        micro, rest = divmod(per_rank, accumulation)
+        if rest:
+            raise SettingsError(
+                f"train.global_batch {total} gives each of {world} ranks {per_rank} samples, "
+                f"which accumulation {accumulation} does not divide"
+            )
+    return Batch(global_batch=total, micro_batch=micro, accumulation=accumulation, world=world)
+
+
+def total_steps(train: Train, batch: Batch, samples: int) -> int:
+    """Updates of the whole run over a training set of `samples`; at least 1."""
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None
+    return max(1, round(train.epochs * samples / batch.global_batch))
+
+
+# ---- YAML, overrides, errors -------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML follows YAML 1.1, in which 3e-4 is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises SettingsError if it is missing, unreadable or no mapping."""
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        folder = Path(path).parent
+        near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.yaml")], 1)
+        hint = f"; did you mean {folder / near[0]}?" if near else f"; there are: {_listing(folder)}"
+        raise SettingsError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: must hold settings as `name: value`, not a {type(raw).__name__}")
+    return raw
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(str(p) for p in folder.glob("*.yaml"))) or f"no .yaml files in {folder}"
+
+
+def override(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`raw` with each `dotted.name=value` of `overrides` put in; values are read as YAML."""
+    merged = {key: override(value, []) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals or not all(part.isidentifier() for part in name.split(".")):
+            raise SettingsError(f"{text!r}: an override is written section.name=value, such as optim.lr=3e-4")
+        try:
+            parsed = yaml.load(value, _Loader)
+        except yaml.YAMLError:
+            raise SettingsError(f"{text!r}: {value!r} is not a YAML value") from None
+        *parents, leaf = name.split(".")
+        place = merged
+        for part in parents:
+            if not isinstance(place.get(part), dict):
+                place[part] = {}
+            place = place[part]
+        place[leaf] = parsed
+    return merged
+
+
+def parse(kind: type[Settings], raw: Mapping[str, Any], source: str | Path) -> Settings:
+    """Check `raw` against `kind`. Raises SettingsError with every fault, its dotted name and a hint."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        faults = dict.fromkeys(_fault(kind, e["loc"], e["msg"], e["type"], e.get("input")) for e in error.errors())
+        raise SettingsError(f"{source}: unusable settings\n" + "\n".join(f"  {fault}" for fault in faults)) from None
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Defaults <- the YAML file <- dotted overrides."""
+    return parse(Config, override(read_yaml(path), overrides), path)
+
+
+def _fault(kind: type[Section], loc: tuple[int | str, ...], message: str, code: str, given: Any) -> str:
+    # pydantic adds the tried member of a union to `loc`; only names of fields help the user.
+    names, fields = list[str](), _fields(kind)
+    for part in loc:
+        if isinstance(part, str) and (part in fields or (code == "extra_forbidden" and part == loc[-1])):
+            names.append(part)
+            fields = _fields(_section_of(fields[part].annotation)) if part in fields else {}
+    dotted = ".".join(names)
+    if code == "extra_forbidden":
+        siblings = _fields(_section_at(kind, names[:-1]))
+        near = difflib.get_close_matches(names[-1], siblings, 1)
+        if near:
+            return f"{dotted}: unknown setting; did you mean {'.'.join([*names[:-1], near[0]])}?"
+        elsewhere = [n for n, _, _, _ in flat(kind) if n.split(".")[-1] == names[-1]]
+        hint = f"did you mean {elsewhere[0]}?" if elsewhere else f"there are: {', '.join(siblings)}"
+        return f"{dotted}: unknown setting; {hint}"
+    if code == "missing":
+        return f"{dotted}: must be given"
+    message = message.removeprefix("Value error, ")
+    if code == "value_error":
+        return f"{dotted}: {message}" if dotted else message
+    return f"{dotted}: {message[0].lower()}{message[1:]}, not {given!r}"
+
+
+def _fields(kind: type[Section] | None) -> dict[str, Any]:
+    return dict(kind.model_fields) if kind else {}
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((m for m in members if isinstance(m, type) and issubclass(m, Section)), None)
+
+
+def _section_at(kind: type[Section], names: list[str]) -> type[Section] | None:
+    found: type[Section] | None = kind
+    for name in names:
+        found = _section_of(_fields(found)[name].annotation)
+    return found
+
+
+def flat(kind: type[Section], prefix: str = "") -> list[tuple[str, str, Any, str]]:
+    """(dotted name, type in words, default, explanation) of every setting; a required one has default `...`."""
+    rows: list[tuple[str, str, Any, str]] = []
+    for name, field in kind.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner:
+            rows += flat(inner, f"{prefix}{name}.")
+        else:
+            default = ... if field.is_required() else field.default
+            rows.append((prefix + name, _type_in_words(field.annotation), default, field.description or ""))
+    return rows
+
+
+def _type_in_words(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin is Annotated:
+        return _type_in_words(args[0])
+    if isinstance(annotation, types.UnionType) or origin is typing.Union:
+        return "|".join(_type_in_words(a) for a in args if a is not type(None))
+    if origin is tuple:
+        return "[" + ", ".join(_type_in_words(a) for a in args) + "]"
+    return {int: "integer", float: "number", str: "text", bool: "true|false"}.get(annotation, str(annotation))
+
+
+def describe(kind: type[Section]) -> str:
+    """The settings as text for `--help`: name, type, default, explanation."""
+    lines = []
+    for name, words, default, text in flat(kind):
+        shown = "required" if default is ... else f"default {to_plain(default)}"
+        lines.append(f"  {name}  ({words}; {shown})" + (f"\n      {' '.join(text.split())}" if text else ""))
+    return "\n".join(lines)
+
+
+def to_plain(value: Any) -> Any:
+    """Settings as YAML can write them: sections as mappings, tuples as lists."""
+    if isinstance(value, BaseModel):
+        return {name: to_plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def to_yaml(settings: Section) -> str:
+    """Settings as YAML text that `parse` reads back to an equal object."""
+    return yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True)
+
+
+def difference(old: Section, new: Section) -> list[str]:
+    """One line `name: old -> new` for each setting that differs."""
+    lines = []
+    for name, _, _, _ in flat(type(old)):
+        before, after = _get(old, name), _get(new, name)
+        if before != after:
+            lines.append(f"{name}: {to_plain(before)} -> {to_plain(after)}")
+    return lines
+
+
+def _get(settings: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        settings = None if settings is None else getattr(settings, part)
+    return settings
