@@ -350,6 +350,19 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return parse(Config, override(read_yaml(path), overrides), path)
 
 
+def with_absolute_paths(settings: Config) -> Config:
+    """Local folders made absolute, so that a job that runs elsewhere finds them."""
+    data = settings.data.model_copy(update={name: _absolute(getattr(settings.data, name)) for name in ("train", "val")})
+    model, pretrained = settings.model, settings.model.pretrained
+    if pretrained and (Path(pretrained).is_dir() or pretrained.startswith((".", "/", "~"))):
+        model = model.model_copy(update={"pretrained": _absolute(pretrained)})
+    return settings.model_copy(update={"data": data, "model": model})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
 def _fault(kind: type[Section], loc: tuple[int | str, ...], message: str, code: str, given: Any) -> str:
     # pydantic adds the tried member of a union to `loc`; only names of fields help the user.
     names, fields = list[str](), _fields(kind)

@@ -1,0 +1,153 @@
+"""What test ranks do. Imported once by the fork server: see ranks.py."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from vitdist import checkpoint, config, dist, model, optim, stop
+from vitdist.config import Config
+from vitdist.engine import Engine
+from vitdist.rundir import RunDir
+
+CLASSES = [f"class {i}" for i in range(5)]
+
+
+def settings(**changes: Any) -> Config:
+    """A tiny ViT of 2 blocks (4 learning rates), global batch 16, clipping that bites."""
+    raw: dict[str, Any] = {
+        "data": {"train": "none", "val": "none"},
+        "model": {"image_size": 16, "scratch": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2.0}},
+        "train": {"global_batch": 16, "steps": 20},
+        "optim": {"lr": 3e-3, "layer_decay": 0.5, "clip": 0.5, "warmup": 0.2},
+        "engine": {"threads": 1},
+    }
+    return config.parse(Config, config.override(raw, [f"{name}={value}" for name, value in changes.items()]), "test")
+
+
+def allow_fp16_on_cpu() -> None:
+    """Let DeepSpeed's CPU accelerator run fp16, which it can but refuses: the real fp16 path under test."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.float16, torch.bfloat16]
+
+
+def build(s: Config, me: dist.Processes) -> tuple[Engine, config.Batch, checkpoint.Identity]:
+    batch = config.split_batch(s.train, me.world)
+    net, _ = model.build(s.model, CLASSES, s.train.seed)
+    layer, depth = model.layers(net)
+    groups = optim.groups(net, layer, depth, s.optim, model.layer_name)
+    fingerprint = checkpoint.fingerprint(groups)
+    engine = Engine(net, groups, optim.optimizer(groups, s.optim, me.device), s, batch, me)
+    identity = checkpoint.Identity(me.world, s.engine.zero, engine.precision, batch.global_batch, fingerprint, "classes", "data")
+    return engine, batch, identity
+
+
+def update(engine: Engine, s: Config, batch: config.Batch, me: dist.Processes, spoil: float = 1.0) -> float:
+    """One update on made-up images that depend on the step alone; the mean loss over ranks."""
+    generator = torch.Generator().manual_seed(engine.steps)
+    images = torch.randn(batch.global_batch, 3, 16, 16, generator=generator)
+    labels = torch.arange(batch.global_batch) % len(CLASSES)
+    images[:, 0] += labels[:, None, None]  # something to learn
+    engine.set_lr(optim.schedule(engine.steps - engine.skipped, 20, s.optim))
+    mine, losses = slice(me.rank * batch.global_batch // me.world, (me.rank + 1) * batch.global_batch // me.world), []
+    pairs = zip(images[mine].split(batch.micro_batch), labels[mine].split(batch.micro_batch), strict=True)
+    for x, y in pairs:
+        loss = F.cross_entropy(engine.forward(x.to(engine.dtype)).float(), y)
+        engine.backward(loss * spoil)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return me.mean(sum(losses) / len(losses))
+
+
+def losses(changes: dict[str, Any], count: int) -> list[float]:
+    s = settings(**changes)
+    with dist.processes(1) as me:
+        engine, batch, _ = build(s, me)
+        return [update(engine, s, batch, me) for _ in range(count)]
+
+
+def fp16_overflow(changes: dict[str, Any]) -> dict[str, Any]:
+    """Ten updates in fp16 of which the third overflows; what the engine did."""
+    allow_fp16_on_cpu()
+    s = settings(**changes)
+    with dist.processes(1) as me:
+        engine, batch, _ = build(s, me)
+        seen: dict[str, list[Any]] = {"loss": [], "scale": [], "skipped": [], "lr": []}
+        for step in range(10):
+            seen["loss"].append(update(engine, s, batch, me, spoil=1e6 if step == 2 else 1.0))
+            seen["scale"].append(engine.loss_scale)
+            seen["skipped"].append(engine.skipped)
+            seen["lr"].append(engine.lrs())
+        return {**seen, "steps": engine.steps, "dtype": str(engine.dtype)}
+
+
+def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Five updates, a checkpoint, a fresh engine that resumes; rates, decays and the next losses of both."""
+    s, run = settings(**changes), RunDir(Path(folder))
+    if s.engine.precision == "fp16":
+        allow_fp16_on_cpu()
+    with dist.processes(1) as me:
+        engine, batch, identity = build(s, me)
+        for _ in range(5):
+            update(engine, s, batch, me)
+        before = engine.lrs()
+        checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
+        straight = [update(engine, s, batch, me) for _ in range(3)]
+        again, _, _ = build(s, me)
+        resumed, _ = checkpoint.resume(run, again, me, identity)
+        again.set_lr(optim.schedule(again.steps - again.skipped, 20, s.optim))
+        after = again.lrs()
+        continued = [update(again, s, batch, me) for _ in range(3)]
+        weights = [torch.equal(a, b) for a, b in zip(engine.full_weights().values(), again.full_weights().values(), strict=True)]
+        return {
+            "resumed": resumed, "before": before, "after": after, "straight": straight, "continued": continued,
+            "equal": all(weights), "decays": again.weight_decays(), "scales": dict(zip(again.names, again.scales, strict=True)),
+        }
+
+
+def resume_with(changes: dict[str, Any], folder: str) -> str:
+    """Try to resume a run's checkpoint under changed settings; the refusal's text."""
+    s, run = settings(**changes), RunDir(Path(folder))
+    with dist.processes(1) as me:
+        engine, _, identity = build(s, me)
+        try:
+            step, skipped = checkpoint.resume(run, engine, me, identity)
+        except ValueError as error:
+            return str(error)
+        return f"resumed at {step}, passed over {skipped}"
+
+
+def train(arguments: list[str], cwd: str, output: str, stop_at: int | None = None) -> int:
+    """The trainer's own main in this rank, its output in a file; at step `stop_at` the last rank is asked to stop."""
+    os.chdir(cwd)
+    from vitdist import train as trainer
+
+    rank = int(os.environ["RANK"])
+    if stop_at is not None and rank == int(os.environ["WORLD_SIZE"]) - 1:
+        original = trainer._update
+
+        def update_then_signal(session: Any, batches: Any) -> Any:
+            result = original(session, batches)
+            if session.engine.steps == stop_at:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            return result
+
+        trainer._update = update_then_signal
+    with open(f"{output}.{rank}", "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        return trainer.main(arguments)
+
+
+def stop_flag() -> list[Any]:
+    """Every rank's view of a stop that only rank 1 was asked for."""
+    request = stop.install()
+    with dist.processes(1) as me:
+        if me.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return [me.any(bool(request)), request.reason]

@@ -1,0 +1,112 @@
+"""Who this process is among the ranks, and the few things that ranks agree on.
+
+torchrun says the rank and world in the environment; a process started without it
+(`python -m vitdist.train`, a debugger) is a world of one. Collectives here carry small things over
+gloo, also on a GPU, so that they never wait for queued kernels.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+# A peer that is gone closes its socket and gloo raises in under a second; this bound is for one that hangs.
+# Reading the weights of a large model on one rank while the others wait is the longest lawful wait.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: `rank` of `world`, `local_rank` on node number `node`."""
+
+    rank: int
+    world: int
+    local_rank: int
+    node: int
+    cores: int
+    device: torch.device
+    control: Any
+    """Process group of gloo for agreement."""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes; the same answer on all."""
+        vote = torch.tensor([int(flag)])
+        torch.distributed.all_reduce(vote, group=self.control)
+        return bool(vote.item())
+
+    def mean(self, value: float) -> float:
+        """The mean over ranks, the same on all."""
+        total = torch.tensor([value], dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self.control)
+        return float(total.item()) / self.world
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a CPU tensor of any shape, the same on all."""
+        total = tensor.clone()
+        torch.distributed.all_reduce(total, group=self.control)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in the order of ranks, on all."""
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value on all."""
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        torch.distributed.barrier(group=self.control)
+
+
+@contextmanager
+def processes(threads: int | None = None) -> Iterator[Processes]:
+    """Join the other ranks and leave them at the end. `threads`: CPU threads of this rank, else its share."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if "MASTER_ADDR" not in os.environ:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torchrun sets OMP_NUM_THREADS to 1 for several ranks on a node, the node job to the share of its cores.
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world)
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", cores)))
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world, timeout=TIMEOUT)
+    control = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if gpu else torch.distributed.group.WORLD
+    try:
+        yield Processes(
+            rank=rank,
+            world=world,
+            local_rank=local_rank,
+            node=int(os.environ.get("GROUP_RANK", "0")),
+            cores=cores,
+            device=device,
+            control=control,
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

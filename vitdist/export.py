@@ -1,0 +1,59 @@
+"""The trained model as a Hugging Face folder, which `pipeline("image-classification", model=...)` opens."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vitdist import rundir
+from vitdist.config import Config
+
+
+def write(folder: Path, net: nn.Module, weights: dict[str, torch.Tensor], settings: Config) -> None:
+    """Write `weights` (whole, fp32, by name) of `net` with its image processor; the folder appears whole.
+
+    Goes through `save_pretrained`, which writes the names that every version of transformers reads;
+    DeepSpeed's own dump has the names of the version that trained.
+    """
+    whole = type(net)(net.config)  # under ZeRO-3 the trained module holds no weights
+    whole.load_state_dict(weights)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    whole.save_pretrained(temporary)
+    _processor(settings).save_pretrained(temporary)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        os.rename(folder, old)
+        os.rename(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, folder)
+    rundir.sync_folder(folder.parent)
+
+
+def _processor(settings: Config):
+    """The evaluation's transform as a processor: short side resized, central crop, scaled to 0..1, normalised."""
+    from transformers import CLIPImageProcessor  # ViT's own has no central crop
+
+    side = settings.model.image_size
+    return CLIPImageProcessor(
+        do_resize=True,
+        size={"shortest_edge": round(side / settings.data.eval_crop)},
+        resample=settings_resample(),
+        do_center_crop=True,
+        crop_size={"height": side, "width": side},
+        do_rescale=True,
+        do_normalize=True,
+        image_mean=list(settings.data.mean),
+        image_std=list(settings.data.std),
+        do_convert_rgb=True,
+    )
+
+
+def settings_resample() -> int:
+    """PIL's number of the filter that evaluation resizes with."""
+    from vitdist.data.transforms import EVAL_RESAMPLE
+
+    return int(EVAL_RESAMPLE)

@@ -1,0 +1,359 @@
+"""Fine-tune a ViT, one process a GPU (or a CPU worker): the whole run, from data to report, in order.
+
+    torchrun --nproc-per-node 2 -m vitdist.train configs/demo.yaml optim.lr=1e-3
+    python -m vitdist.train configs/demo.yaml              # one process, also under a debugger
+    torchrun ... -m vitdist.train runs/NAME --attempt 0    # what the launcher starts on every node
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitdist import config, rundir, stop
+from vitdist.config import Batch, Config, SettingsError
+from vitdist.rundir import RunDir
+from vitdist.stop import StopRequest
+
+if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad settings answer at once
+    from torch import Tensor
+
+    from vitdist.checkpoint import Identity
+    from vitdist.data.index import Index
+    from vitdist.data.loader import TrainBatch
+    from vitdist.dist import Processes
+    from vitdist.engine import Engine
+    from vitdist.metrics import Meter
+    from vitdist.tracking import Journal
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on, for a reason that a user can act on."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the chapters of one attempt share."""
+
+    run: RunDir
+    attempt: int
+    settings: Config
+    me: "Processes"
+    journal: "Journal"
+    train_set: "Index"
+    val_set: "Index"
+    batch: Batch
+    total: int
+    """Updates of the whole run."""
+    engine: "Engine"
+    identity: "Identity"
+    meter: "Meter"
+
+    def prepare(self, images: "Tensor") -> "Tensor":
+        """uint8 images [B, 3, S, S] as the model's normalised input on the device."""
+        from vitdist.data import transforms
+
+        data = self.settings.data
+        return transforms.normalise(images.to(self.me.device, non_blocking=True), data.mean, data.std, self.engine.dtype)
+
+
+def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequest) -> int:
+    """Train the run in `run` to its end or to a stop; returns the exit code (rundir.EXIT_*)."""
+    from vitdist import checkpoint, dist, export, metrics, model, optim
+    from vitdist.data import order
+    from vitdist.data.index import Index
+    from vitdist.engine import Engine
+    from vitdist.tracking import Journal
+
+    began = time.monotonic()
+    threads = None if settings.engine.threads == "auto" else settings.engine.threads
+    with dist.processes(threads) as me, _only_writer(run, me.first):
+        attempt = me.from_first(run.next_attempt() if attempt is None and me.first else attempt)
+        with Journal(run, run.attempt(attempt), me.first) as journal:
+            # data
+            train_set, val_set = Index.open(settings.data.train), Index.open(settings.data.val)
+            _same_classes(settings, train_set, val_set)
+            batch = config.split_batch(settings.train, me.world)
+            total = config.total_steps(settings.train, batch, len(train_set))
+            _agree("order of samples", order.order_hash(len(train_set), settings.train.seed, train_set.digest, batch), me)
+
+            # model: a learning rate for each layer
+            net, weights = model.build(settings.model, train_set.classes, settings.train.seed)
+            layer, depth = model.layers(net)
+            groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
+            meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
+
+            # DeepSpeed owns precision, sharding and the update from here
+            fingerprint = checkpoint.fingerprint(groups)
+            about = {"groups": optim.describe(groups), "model": model.describe(settings.model, net, weights)}
+            engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
+            identity = checkpoint.Identity(
+                world=me.world, zero=settings.engine.zero, precision=engine.precision, global_batch=batch.global_batch,
+                groups=fingerprint, classes=checkpoint.class_hash(train_set.classes), data=train_set.digest,
+            )
+            session = Session(run, attempt, settings, me, journal, train_set, val_set, batch, total, engine, identity, meter)
+
+            # go on where an earlier attempt stopped
+            resumed, passed_over = checkpoint.resume(run, engine, me, identity)
+            _introduce(session, about, resumed, passed_over)
+
+            # the loop
+            try:
+                reason = _loop(session, stopping)
+            except ValueError as error:  # before the loop it is bad input, in it a fault to be seen whole
+                raise RuntimeError(f"fault after step {engine.steps}: {error}") from error
+            if reason:
+                journal.record(state="stopped", reason=reason, ended=rundir.now())
+                journal.say(f"stopped by {reason} at step {engine.steps} of {total}, checkpoint saved; the same command goes on from it")
+                me.barrier()
+                return rundir.EXIT_STOPPED
+
+            # what a finished run leaves
+            journal.progress(total, "exporting")
+            scores = _evaluate(session)
+            whole = engine.full_weights()
+            if me.first:
+                export.write(run.model, net, whole, settings)
+            summary = {**scores, "images_per_s": meter.images_per_s, "seconds": time.monotonic() - began}
+            journal.record(state="done", step=total, summary=summary, ended=rundir.now())
+        if me.first:
+            _finish(run, summary)
+        me.barrier()
+        return rundir.EXIT_DONE
+
+
+def _loop(s: Session, stopping: StopRequest) -> str | None:
+    """Update until the last step; returns None, or the signal that stopped it after a checkpoint."""
+    from vitdist.data import loader
+
+    settings, engine = s.settings, s.engine
+    evaluate_every = max(1, round(settings.evaluation.every_epochs * len(s.train_set) / s.batch.global_batch))
+    save_every = settings.checkpoint.every_steps or evaluate_every
+    batches = loader.train_batches(s.train_set, settings, s.batch, s.me.rank, engine.steps, s.me.cores)
+    losses: list[Tensor] = []
+    bad = 0
+    engine.train()
+    while engine.steps < s.total:
+        loss, broken = _update(s, batches)
+        losses.append(loss)
+        bad += broken
+        step = engine.steps
+        last = step == s.total
+        if step % settings.tracking.log_every == 0 or last:
+            _log(s, losses, bad)
+            losses = []
+        s.journal.progress(step, "training")
+        stop_now = s.me.any(bool(stopping)) and not last
+        with s.meter.paused():
+            # After the last step the end of the run evaluates, also when it was resumed there.
+            if step % evaluate_every == 0 and not last and not stop_now:
+                _evaluate(s)
+            if step % save_every == 0 or last or stop_now:
+                _save(s)
+        if stop_now:
+            return next(reason for reason in s.me.gather(stopping.reason) if reason)
+    return None
+
+
+def _update(s: Session, batches: "Iterator[TrainBatch]") -> "tuple[Tensor, int]":
+    """One update over a global batch; returns this rank's mean loss and its number of broken samples."""
+    import torch
+    from torch.nn import functional as F
+
+    from vitdist import optim
+
+    total_loss, broken = torch.zeros((), device=s.me.device), 0
+    # Skipped updates do not advance the schedule: it counts the applied ones.
+    s.engine.set_lr(optim.schedule(s.engine.steps - s.engine.skipped, s.total, s.settings.optim))
+    for _ in range(s.batch.accumulation):
+        asked = time.monotonic()
+        micro = next(batches)
+        s.meter.waited(time.monotonic() - asked)
+        logits = s.engine.forward(s.prepare(micro.images)).float()
+        labels = micro.labels.to(s.me.device, non_blocking=True)
+        loss = F.cross_entropy(logits, labels, label_smoothing=s.settings.train.label_smoothing)
+        s.engine.backward(loss)
+        s.engine.step()
+        total_loss += loss.detach()
+        broken += len(micro.bad)
+    s.meter.step()
+    return total_loss / s.batch.accumulation, broken
+
+
+def _log(s: Session, losses: "list[Tensor]", bad: int) -> None:
+    """One row of figures of the steps since the last; ends a run that cannot learn any more."""
+    import torch
+
+    engine, step = s.engine, s.engine.steps
+    seen = step * s.batch.global_batch
+    loss = s.me.mean(float(torch.stack(losses).mean()))
+    bad_samples = round(s.me.mean(bad) * s.me.world)
+    rates = {f"lr/{name}": rate for name, rate in engine.lrs().items() if not name.endswith("_no_decay")}
+    s.journal.row(step, {
+        "train/loss": loss, "train/epoch": seen / len(s.train_set), "train/samples_seen": seen, **rates,
+        "optim/grad_norm": engine.grad_norm, "optim/loss_scale": engine.loss_scale, "optim/skipped_steps": engine.skipped,
+        "data/bad_samples": bad_samples, **s.meter.row(s.total - step),
+    })
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise TrainingFailed(f"the loss is {loss} at step {step}: lower optim.lr, lengthen optim.warmup or set optim.clip")
+    budget = max(1.0, s.settings.data.max_bad * len(s.train_set) * max(1.0, seen / len(s.train_set)))
+    if bad_samples > budget:
+        raise TrainingFailed(
+            f"{bad_samples} samples could not be read by step {step}, more than data.max_bad {s.settings.data.max_bad} "
+            f"allows ({budget:.0f}): the logs name them; mend {s.settings.data.train} or raise data.max_bad"
+        )
+
+
+def _evaluate(s: Session) -> dict[str, float]:
+    """Evaluate, publish the result, log a row."""
+    from vitdist import evaluate
+    from vitdist.data import loader
+
+    s.journal.progress(s.engine.steps, "evaluating")
+    size = s.settings.evaluation.batch or 2 * s.batch.micro_batch
+    batches = loader.evaluation_batches(s.val_set, s.settings, s.me.rank, s.me.world, size, s.me.cores)
+    s.engine.eval()
+    result = evaluate.evaluate(s.engine.forward, batches, s.prepare, len(s.val_set.classes), len(s.val_set), s.me)
+    s.engine.train()
+    if s.me.first:
+        evaluate.publish(s.run, s.engine.steps, result, s.val_set.classes)
+    s.journal.row(s.engine.steps, {f"val/{name}": value for name, value in result.metrics.items()})
+    return result.metrics
+
+
+def _save(s: Session) -> None:
+    from vitdist import checkpoint
+
+    s.journal.progress(s.engine.steps, "saving")
+    checkpoint.save(s.run, s.engine, s.me, s.identity, s.attempt, s.settings.checkpoint.keep)
+    s.journal.record(step=s.engine.steps)
+# ---- what the chapters need of small things ----------------------------------------------------
+
+
+@contextlib.contextmanager
+def _only_writer(run: RunDir, first: bool) -> Iterator[None]:
+    """Rank 0 holds the run: two trainings of one folder would write each other's checkpoints."""
+    with contextlib.ExitStack() as stack:
+        if first:
+            try:
+                stack.enter_context(rundir.only_writer(run))
+            except BlockingIOError:
+                raise ValueError(f"{run.path} is being trained by another process; wait for it or stop it first") from None
+        yield
+
+
+def _same_classes(settings: Config, train_set: "Index", val_set: "Index") -> None:
+    if train_set.classes != val_set.classes:
+        odd = sorted(set(train_set.classes) ^ set(val_set.classes)) or ["their order"]
+        raise ValueError(
+            f"{settings.data.train} and {settings.data.val} differ in classes ({', '.join(odd[:5])}): pack both with one `vitdist pack`"
+        )
+
+
+def _agree(what: str, value: str, me: "Processes") -> None:
+    """All ranks must see the same, or they would wait for each other for ever in the middle of a step."""
+    values = me.gather(value)
+    if len(set(values)) > 1:
+        raise ValueError(f"{what} differs between ranks ({values}): do all nodes see the same shards and the same code?")
+
+
+def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_over: list[str]) -> None:
+    """Record what runs, tell it in a few lines, and begin W&B."""
+    import torch
+
+    device = torch.cuda.get_device_name() if s.me.device.type == "cuda" else "CPU"
+    about = about | {
+        "world": s.me.world, "device": device, "threads": torch.get_num_threads(), "precision": s.engine.precision,
+        "zero": s.settings.engine.zero, "batch": config.to_plain(s.batch),
+        "data": {"train": s.train_set.summary(), "val": s.val_set.summary()},
+        "versions": {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "deepspeed")},
+    }
+    s.journal.record(**about, total_steps=s.total, step=s.engine.steps, resumed_from=resumed)
+    s.journal.say(f"{about['model']['weights']}: {about['model']['parameters'] / 1e6:.2f} M parameters in {len(about['groups'])} groups")
+    s.journal.say(f"{len(s.train_set):,} training and {len(s.val_set):,} validation samples of {len(s.train_set.classes)} classes")
+    auto = " (auto)" if s.settings.engine.precision == "auto" else ""
+    s.journal.say(
+        f"{s.me.world} ranks on {device}, {s.engine.precision}{auto}, ZeRO-{s.settings.engine.zero}; global batch "
+        f"{s.batch.global_batch} = {s.batch.micro_batch} x {s.batch.accumulation} accumulated x {s.batch.world} ranks"
+    )
+    for text in passed_over:
+        s.journal.say(f"checkpoint passed over: {text}")
+    if resumed is not None:
+        s.journal.say(f"goes on at step {resumed} of {s.total}")
+    s.journal.start_wandb(s.settings.tracking, {"settings": config.to_plain(s.settings)} | about)
+
+
+def _finish(run: RunDir, summary: dict[str, Any]) -> None:
+    """Write the report and tell where everything lies; a failed report takes nothing from the run."""
+    from vitdist import console, report
+
+    try:
+        report.write(run)
+    except Exception:  # the run is complete and saved: say what went wrong and go on
+        traceback.print_exc()
+        print(f"the report could not be written; try again with: vitdist report {run.path}", file=sys.stderr)
+    console.final_table(run, summary)
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of this file; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vitdist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="settings (section.name=value overrides the file):\n" + config.describe(Config),
+    )
+    parser.add_argument("target", help="a run folder, or a configuration (.yaml) for a new run")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings over those of the file")
+    parser.add_argument("--name", help="name of the run folder; an existing one with the same settings is continued")
+    parser.add_argument("--runs", default="runs", help="where run folders lie (default: runs)")
+    parser.add_argument("--attempt", type=int, help="number of this start of a run folder; its ranks write to their own log files")
+    args = parser.parse_args(argv)
+    stopping = stop.install()
+    rank, node = int(os.environ.get("RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
+    try:
+        run, settings = _open(args, rank)
+        if args.attempt is not None:
+            from vitdist.tracking import to_file
+
+            to_file(run.attempt(args.attempt).rank_log(node, rank))
+        if rundir.state(run)["state"] == "done":
+            print(f"{run.path} is finished; its report is {run.report}")
+            return rundir.EXIT_DONE
+        return train(run, settings, args.attempt, stopping)
+    except (ValueError, TrainingFailed) as error:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        print((f"rank {rank}: " if world > 1 else "") + f"error: {error}", file=sys.stderr)
+        return rundir.EXIT_REFUSED if isinstance(error, ValueError) else rundir.EXIT_DO_NOT_REQUEUE
+
+
+def _open(args: argparse.Namespace, rank: int) -> tuple[RunDir, Config]:
+    """The run folder and its settings; a configuration gets a folder, made by rank 0."""
+    target = Path(args.target)
+    if target.is_dir():
+        if args.overrides or args.name:
+            raise SettingsError(f"{target} is a run folder: its settings are fixed; give a .yaml to change any")
+        run = RunDir(target.resolve())
+        return run, config.load(run.config)
+    settings = config.with_absolute_paths(config.load(target, args.overrides))
+    # Ranks start at slightly different times, so the port that torchrun chose for all of them names the run.
+    unique = f"{rundir.now()[:10]}-{os.environ.get('MASTER_PORT', os.getpid())}"
+    run = RunDir(Path(args.runs).resolve() / rundir.check_name(args.name or f"{target.stem}-{unique}"))
+    if run.config.exists():
+        changed = config.difference(config.load(run.config), settings)
+        if changed:
+            raise SettingsError(f"{run.path} exists with other settings; choose another --name\n  " + "\n  ".join(changed))
+    elif rank == 0:
+        rundir.publish(run.config, config.to_yaml(settings))
+    return run, settings
+
+
+if __name__ == "__main__":
+    sys.exit(main())
