@@ -88,6 +88,19 @@ def fp16_overflow(changes: dict[str, Any]) -> dict[str, Any]:
         return {**seen, "steps": engine.steps, "dtype": str(engine.dtype)}
 
 
+def fp16_where_it_cannot() -> str:
+    """The refusal of fp16 on a device without it (some CPUs have it)."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: False
+    with dist.processes(1) as me:
+        try:
+            build(settings(**{"engine.precision": "fp16"}), me)
+        except ValueError as error:
+            return str(error)
+    return "not refused"
+
+
 def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
     """Five updates, a checkpoint, a fresh engine that resumes; rates, decays and the next losses of both."""
     s, run = settings(**changes), RunDir(Path(folder))

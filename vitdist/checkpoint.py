@@ -15,14 +15,16 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vitdist import rundir
 from vitdist.dist import Processes
-from vitdist.engine import Engine
 from vitdist.rundir import RunDir
+
+if TYPE_CHECKING:
+    from vitdist.engine import Engine
 
 _TAG = "state"
 
@@ -77,7 +79,7 @@ def steps(run: RunDir) -> list[int]:
     return sorted((int(p.name[5:]) for p in run.checkpoints.iterdir() if p.name.startswith("step-")), reverse=True)
 
 
-def save(run: RunDir, engine: Engine, me: Processes, identity: Identity, attempt: int, keep: int) -> Path:
+def save(run: RunDir, engine: "Engine", me: Processes, identity: Identity, attempt: int, keep: int) -> Path:
     """Write a checkpoint of the step just done; all ranks call it. Older ones beyond `keep` go afterwards."""
     final = run.checkpoints / name_of(engine.steps)
     temporary = run.checkpoints / f".tmp-{final.name}-{attempt}"
@@ -108,7 +110,7 @@ def save(run: RunDir, engine: Engine, me: Processes, identity: Identity, attempt
     return final
 
 
-def resume(run: RunDir, engine: Engine, me: Processes, identity: Identity) -> tuple[int | None, list[str]]:
+def resume(run: RunDir, engine: "Engine", me: Processes, identity: Identity) -> tuple[int | None, list[str]]:
     """Load the newest whole checkpoint; all ranks call it. Returns (its step or None, what was skipped and why).
 
     Raises NoCheckpoint if there are checkpoints and none is whole: a run never starts over in silence.

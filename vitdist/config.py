@@ -279,14 +279,20 @@ def total_steps(train: Train, batch: Batch, samples: int) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML follows YAML 1.1, in which 3e-4 is a string."""
+    """YAML 1.2 scalars. PyYAML follows YAML 1.1, in which 3e-4 is a string, off is false and 12:00:00 is 43200."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_SCALARS = {
+    "tag:yaml.org,2002:float": (r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+", "-+.0123456789"),
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][\d_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 Settings = TypeVar("Settings", bound=Section)
 

@@ -29,7 +29,8 @@ class Processes:
     world: int
     local_rank: int
     node: int
-    cores: int
+    local_world: int
+    """Ranks on this node."""
     device: torch.device
     control: Any
     """Process group of gloo for agreement."""
@@ -98,7 +99,7 @@ def processes(threads: int | None = None) -> Iterator[Processes]:
             world=world,
             local_rank=local_rank,
             node=int(os.environ.get("GROUP_RANK", "0")),
-            cores=cores,
+            local_world=local_world,
             device=device,
             control=control,
         )

@@ -79,9 +79,9 @@ class Engine:
         self.scales = [group["lr_scale"] for group in groups]
         self.names = [group["name"] for group in groups]
         deepspeed_logger.setLevel(logging.WARNING)
-        # DeepSpeed compiles a shared-memory all-reduce for CPUs at first use (50 s, needs a compiler); only
-        # its inference_all_reduce uses it, which training never calls.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed probes all its optional operators with a compiler (7 s) to find whether it can compile a
+        # shared-memory all-reduce for CPUs (50 s more), which only its inference calls. None is needed here.
+        deepspeed.ops.__compatible_ops__ = {}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=net, optimizer=optimizer, config=deepspeed_config(settings, batch, self.precision)
         )

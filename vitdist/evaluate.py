@@ -7,16 +7,18 @@ from one confusion matrix of integers, so they do not depend on how samples were
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from vitdist import rundir
-from vitdist.data.loader import EvaluationBatch
 from vitdist.dist import Processes
 from vitdist.rundir import RunDir
+
+if TYPE_CHECKING:
+    from vitdist.data.reader import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Evaluation:
     """Figures of one evaluation over `samples` samples and C classes."""
 
     metrics: dict[str, float]
-    """loss, top1, top5, macro_f1, balanced_accuracy, samples."""
+    """loss, top1, top5, macro_f1, balanced_accuracy, samples, unreadable."""
     confusion: np.ndarray
     """[C, C] counts: row the true class, column the predicted one."""
     ids: np.ndarray
@@ -72,7 +74,7 @@ def figures(confusion: np.ndarray, loss_sum: float, top5_hits: int) -> dict[str,
 @torch.no_grad()
 def evaluate(
     forward: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterable[EvaluationBatch],
+    batches: "Iterable[MicroBatch]",
     prepare: Callable[[torch.Tensor], torch.Tensor],
     classes: int,
     samples: int,
@@ -80,15 +82,16 @@ def evaluate(
 ) -> Evaluation:
     """Run `forward` (normalised images -> logits [B, classes]) over this rank's batches; all ranks call it.
 
-    `prepare` takes uint8 images [B, 3, S, S] to the model's input. Raises AssertionError unless exactly
-    `samples` different samples were counted over all ranks.
+    `prepare` takes uint8 images [B, 3, S, S] to the model's input. Samples that cannot be read are left out and
+    counted as `unreadable`. Raises AssertionError unless all other of `samples` were counted exactly once.
     """
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)  # loss, hits among the best five, unreadable
     seen: list[np.ndarray] = []
     for batch in batches:
         logits = forward(prepare(batch.images)).float().cpu()
         kept = batch.mask
+        sums[2] += len(batch.bad)
         logits, labels = logits[kept], batch.labels[kept]
         probabilities = logits.softmax(1)
         confidence, predicted = probabilities.max(1)
@@ -101,10 +104,13 @@ def evaluate(
     table = np.concatenate([part for rank in me.gather(seen) for part in rank], axis=1)
     table = table[:, np.argsort(table[0], kind="stable")]
     ids = table[0].astype(np.int64)
-    assert len(ids) == samples == len(np.unique(ids)), f"{len(ids)} counted, {len(np.unique(ids))} different, of {samples}"
+    unreadable = int(sums[2])
+    assert len(ids) + unreadable == samples and len(np.unique(ids)) == len(ids), (
+        f"{len(ids)} counted, {len(np.unique(ids))} different, {unreadable} unreadable, of {samples}"
+    )
     matrix = confusion.numpy()
     return Evaluation(
-        metrics=figures(matrix, float(sums[0]), int(sums[1])),
+        metrics={**figures(matrix, float(sums[0]), int(sums[1])), "unreadable": unreadable},
         confusion=matrix,
         ids=ids,
         labels=table[1].astype(np.int64),

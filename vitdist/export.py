@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 from vitdist import rundir
@@ -17,6 +18,9 @@ def write(folder: Path, net: nn.Module, weights: dict[str, torch.Tensor], settin
     Goes through `save_pretrained`, which writes the names that every version of transformers reads;
     DeepSpeed's own dump has the names of the version that trained.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     whole = type(net)(net.config)  # under ZeRO-3 the trained module holds no weights
     whole.load_state_dict(weights)
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -41,7 +45,7 @@ def _processor(settings: Config):
     return CLIPImageProcessor(
         do_resize=True,
         size={"shortest_edge": round(side / settings.data.eval_crop)},
-        resample=settings_resample(),
+        resample=Image.Resampling.BILINEAR,  # as vitdist/data/transforms.py resizes
         do_center_crop=True,
         crop_size={"height": side, "width": side},
         do_rescale=True,
@@ -51,9 +55,3 @@ def _processor(settings: Config):
         do_convert_rgb=True,
     )
 
-
-def settings_resample() -> int:
-    """PIL's number of the filter that evaluation resizes with."""
-    from vitdist.data.transforms import EVAL_RESAMPLE
-
-    return int(EVAL_RESAMPLE)

@@ -3,13 +3,13 @@
     vitdist report runs/NAME
 
 Made from the run folder alone, without torch, at any moment of a run; what is missing is left out.
-The page is one file that opens from disk without a network.
+The page is one file that opens from disk without a network; report.css and report.js are put into it.
 """
 
-# Charts are Vega-Lite through Altair, its JavaScript inlined by vl-convert: both are kept by the Vega
-# project, and the charts answer to the pointer. Measured: 0.9 MB of page, 0.7 s import, 1.8 s to bundle;
-# matplotlib's SVG is as slow to import, and neither interactive nor able to follow the reader's dark mode,
-# which the SVG that Vega draws in the browser does, through the CSS variables given to it as colours.
+# Charts are Vega-Lite, its JavaScript brought by vl-convert: both are kept by the Vega project. It answers to
+# the pointer, and takes CSS variables for colours, so one drawing serves light, dark and print. 0.9 MB and
+# 1.8 s of a page. Altair would write the same charts for 0.7 s of import and 2 s of checking its own output;
+# matplotlib's SVG (0.9 s of import) has fixed colours and answers to nothing.
 
 import base64
 import hashlib
@@ -23,7 +23,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import numpy as np
 import vl_convert
 from markupsafe import Markup
@@ -34,10 +33,12 @@ from vitdist.config import Config
 from vitdist.data.index import Index
 from vitdist.rundir import RunDir
 
-POINTS = 600  # of a curve: with the extremes of each bucket kept, as many pixels as a chart is wide
+POINTS = 600  # of a curve: with the extremes of each bucket kept, as many as a chart has pixels
 FAN_POINTS = 100  # of each layer's learning rate: smooth, and there may be 34 of them
 MATRIX = 20  # classes up to which a confusion matrix is a table that can be read
-LISTED = 16  # classes, pairs or pictures shown before the rest is folded away
+LISTED = 16  # classes or pictures shown before the rest is folded away
+PAIRS = 10
+SQUARES = 200  # on a side of the picture of more: smaller ones cannot be seen
 THUMB = 96
 
 Record = dict[str, Any]
@@ -46,17 +47,20 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Start:
-    """One attempt as the report tells it."""
+    """One attempt as the report tells it; times in seconds since 1970."""
 
     number: int
     state: str
     why: str
     began: float | None
-    """Seconds since 1970, as `ended`."""
     ended: float | None
     first: int
     """Steps done when it began."""
     last: int
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began if self.ended and self.began else 0.0
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,30 @@ class Facts:
     record: Record
     starts: list[Start]
     rows: list[Record]
-    evaluation: Record | None
+    evaluation: Record
 
-    @property
-    def restarts(self) -> list[int]:
-        """Steps at which a later attempt took over."""
-        return [s.first for s in self.starts if s.number != self.starts[0].number and s.last > s.first]
+    def about(self, name: str) -> Record:
+        """A part of the trainer's record, {} where it is missing."""
+        return self.record.get(name) or {}
 
     def series(self, key: str) -> Points:
         """(step, value) of one figure, without gaps, infinities and NaN."""
         found = ((row["train/global_step"], row.get(key)) for row in self.rows)
         return [(s, float(v)) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
 
+    def middle(self, key: str) -> float | None:
+        """Median of one figure over the run."""
+        points = self.series(key)
+        return float(np.median([v for _, v in points])) if points else None
+
     @property
     def seconds(self) -> float:
-        return sum(s.ended - s.began for s in self.starts if s.began is not None and s.ended is not None)
+        return sum(start.seconds for start in self.starts)
+
+    @property
+    def scores(self) -> Record:
+        """Figures of the newest evaluation, {} before the first one."""
+        return self.evaluation.get("metrics") or self.about("summary")
 
 
 def write(run: RunDir) -> Path:
@@ -92,56 +105,56 @@ def write(run: RunDir) -> Path:
     return run.report
 
 
-# ---- what the folder says ------------------------------------------------------------------------
+# ---- what the folder says ----------------------------------------------------------------------
 
 
 def read(run: RunDir) -> Facts:
     """Collect a run folder; missing files give empty records."""
-    rows, reached = rundir.rows(run), _reached(run)
-    starts = []
-    for attempt in run.attempts():
-        record, job = rundir.read_json(attempt.train) or {}, rundir.read_json(attempt.job) or {}
-        newest = attempt.number == run.attempts()[-1].number
-        step, seen = reached.get(attempt.number, (0, None))
-        state = record.get("state") or job.get("state") or "no record"
-        if state == "running" and not newest:
-            state = "lost"  # the next start knows that this one did not live to say how it ended
-        error = record.get("error") or {}
-        why = f"{error['type']}: {error['message']}" if error else record.get("reason") or job.get("reason") or ""
-        first = record.get("resumed_from") or 0
-        starts.append(Start(
-            attempt.number, state, str(why), _seconds(record.get("started")) or _seconds(job.get("started")),
-            _seconds(record.get("ended")) or seen or _seconds(job.get("ended")), first, max(record.get("step") or 0, step, first),
-        ))
+    reached, attempts = _reached(run), run.attempts()
     return Facts(
         run=run,
         settings=config.read_yaml(run.config) if run.config.exists() else {},
         env=rundir.read_json(run.env) or {},
         record=rundir.state(run),
-        starts=starts,
-        rows=rows,
-        evaluation=rundir.read_json(run.evaluation),
+        starts=[_start(a, a is attempts[-1], *reached.get(a.number, (0, None))) for a in attempts],
+        rows=rundir.rows(run),
+        evaluation=rundir.read_json(run.evaluation) or {},
+    )
+
+
+def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None) -> Start:
+    record, job = rundir.read_json(attempt.train) or {}, rundir.read_json(attempt.job) or {}
+    state = record.get("state") or job.get("state") or "no record"
+    if state == "running" and not newest:
+        state = "lost"  # there is a later start, and this one did not live to say how it ended
+    error, first = record.get("error"), record.get("resumed_from") or 0
+    why = f"{error['type']}: {error['message']}" if error else record.get("reason") or job.get("reason") or ""
+    began, ended = (record.get(key) or job.get(key) for key in ("started", "ended"))
+    return Start(
+        number=attempt.number,
+        state=state,
+        why=str(why),
+        began=datetime.fromisoformat(began).timestamp() if began else None,
+        ended=datetime.fromisoformat(ended).timestamp() if ended else seen,
+        first=first,
+        last=max(record.get("step") or 0, step, first),
     )
 
 
 def _reached(run: RunDir) -> dict[int, tuple[int, float | None]]:
-    """Attempt -> (last step, time of the last row), of every row written: a killed trainer says no more."""
+    """Attempt -> (last step, time of the last row) of all rows ever written: a killed trainer says no more."""
     found: dict[int, tuple[int, float | None]] = {}
     for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else ():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue
-        found[row["attempt"]] = max(row["train/global_step"], found.get(row["attempt"], (0, None))[0]), row.get("time")
+            continue  # half a line, of a writer that was killed
+        found[row["attempt"]] = row["train/global_step"], row.get("time")
     return found
 
 
-def _seconds(text: str | None) -> float | None:
-    return datetime.fromisoformat(text).timestamp() if text else None
-
-
 def thin(points: Sequence[tuple[int, float]], limit: int) -> Points:
-    """At most `limit` of `points`: lowest and highest of each bucket, so that no spike is lost, and both ends."""
+    """At most `limit` of `points`: both ends, lowest and highest of each bucket, so that no spike is lost."""
     if len(points) <= limit:
         return list(points)
     values = np.array([v for _, v in points])
@@ -151,7 +164,38 @@ def thin(points: Sequence[tuple[int, float]], limit: int) -> Points:
     return [points[i] for i in sorted(kept)]
 
 
-# ---- words ---------------------------------------------------------------------------------------
+def differing(settings: Record) -> list[tuple[str, Any, Any]]:
+    """(dotted name, value, default) of settings that are not the default; "required" for one without default."""
+    rows = []
+    for name, _, default, _ in config.flat(Config):
+        value: Any = settings
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        usual = "required" if default is ... else config.to_plain(default)
+        if value is not None and value != usual:
+            rows.append((name, value, usual))
+    return rows
+
+
+def confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
+    """(true, predicted, samples, share of the true class) of the mistakes made most often."""
+    off = confusion.copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:PAIRS]
+    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, off.shape), strict=True)]
+    return [(i, j, int(off[i, j]), float(off[i, j] / confusion[i].sum())) for i, j in pairs if off[i, j]]
+
+
+def class_counts(facts: Facts, kind: str) -> dict[str, int]:
+    """Class -> samples of "train" or "val" as indexed, or {} where the shards are out of reach."""
+    try:
+        shards = Index.open(facts.settings["data"][kind])
+    except (OSError, ValueError, KeyError):
+        return {c["name"]: c["support"] for c in facts.evaluation.get("per_class", ())} if kind == "val" else {}
+    return dict(zip(shards.classes, shards.counts, strict=True))
+
+
+# ---- words -------------------------------------------------------------------------------------
 
 
 def duration(seconds: float) -> str:
@@ -164,87 +208,58 @@ def duration(seconds: float) -> str:
 
 
 def figure(value: Any) -> str:
-    """A number with as many digits as matter; other things as text."""
+    """A number with the digits that matter; other things as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "—" if value is None else str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+        return "–" if value is None else str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def when(seconds: float | None) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%-d %b %Y, %H:%M} UTC" if seconds is not None else "—"
-
-
-def quality(facts: Facts) -> Record:
-    """Figures of the newest evaluation, {} before the first one."""
-    return (facts.evaluation or {}).get("metrics") or facts.record.get("summary") or {}
+def moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%-d %b %Y, %H:%M} UTC"
 
 
 def verdict(facts: Facts) -> tuple[str, str]:
-    """(one word for the badge, what became of the run in a sentence or two)."""
-    record, scores = facts.record, quality(facts)
+    """(a word for the badge, what became of the run in a sentence or two)."""
+    record, scores, error = facts.record, facts.scores, facts.about("error")
     step, total = max((s.last for s in facts.starts), default=0), record.get("total_steps")
     place = f"step {step:,}" + (f" of {total:,}" if total else "")
     good = ""
-    if scores.get("top1") is not None:
-        good = f"{percent(scores['top1'])} of the validation samples are classified right"
-        good += f", macro-F1 {scores['macro_f1']:.3f}" if scores.get("macro_f1") is not None else ""
-    took = duration(facts.seconds) if facts.seconds else ""
+    if "top1" in scores:
+        good = f"{percent(scores['top1'])} of the validation samples are classified right (top-1)"
+        good += f", macro-F1 {scores['macro_f1']:.3f}" if "macro_f1" in scores else ""
     match record["state"]:
         case "done":
-            starts = f" in {len(facts.starts)} starts" if len(facts.starts) > 1 else ""
-            return "finished", (f"{good or 'Trained to the end'}, after {place}" + (f" and {took}" if took else "") + f"{starts}.")
+            took = f" in {duration(facts.seconds)}" if facts.seconds else ""
+            starts = f" and {len(facts.starts)} starts" if len(facts.starts) > 1 else ""
+            return "finished", f"Trained to the end, {step:,} steps{took}{starts}" + (f": {good}." if good else ".")
         case "failed":
-            error = record.get("error") or {}
             rank = f" on rank {error['rank']}" if error.get("rank") is not None else ""
-            cause = f"{error['type']}: {error['message']}" if error else record.get("reason") or "no cause was recorded"
-            word, text = "failed", f"Failed at {place}{rank}: {cause.rstrip('.')}."
+            cause = f"{error['type']}: {error['message']}" if error else record.get("reason") or "no cause is recorded"
+            word, text = "failed", f"Failed at {place}{rank}. {cause.rstrip('.')}."
         case "stopped":
-            word, text = "stopped", f"Stopped at {place} by {record.get('reason') or 'a request'}; it can go on from its last checkpoint."
+            word, reason = "stopped", record.get("reason") or "a request"
+            text = f"Stopped at {place} by {reason}; it can go on from its last checkpoint."
         case "running":
             left = facts.series("perf/eta_s")
-            word = "running"
-            text = f"At {place}" + (f", about {duration(left[-1][1])} left when this page was made." if left else ".")
+            word, text = "running", f"At {place}" + (f", about {duration(left[-1][1])} left." if left else ".")
         case _:
             return "submitted", "Nothing has been trained yet."
     return word, text + (f" At the newest evaluation {good}." if good else "")
 
 
 def cost(facts: Facts) -> tuple[str, str]:
-    """(how many, what): GPU-hours, or core-hours on a CPU, of all starts together."""
+    """(how many, of what): GPU-hours of all starts together, on a CPU core-hours."""
     hours = facts.seconds / 3600 * facts.record.get("world", 1)
-    gpu = facts.record.get("device", "CPU") != "CPU"
-    return f"{hours * (1 if gpu else facts.record.get('threads', 1)):.2g}", "GPU-hours" if gpu else "CPU core-hours"
+    if facts.record.get("device", "CPU") == "CPU":
+        return f"{hours * facts.record.get('threads', 1):.2g}", "CPU core-hours"
+    return f"{hours:.2g}", "GPU-hours"
 
 
-def differing(settings: Record) -> list[tuple[str, Any, Any]]:
-    """(dotted name, value, default) of settings that are not the default; required ones have default "required"."""
-    rows = []
-    for name, _, default, _ in config.flat(Config):
-        value: Any = settings
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        plain = None if default is ... else config.to_plain(default)
-        if value is not None and value != plain:
-            rows.append((name, value, "required" if default is ... else plain))
-    return rows
-
-
-def confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
-    """(true, predicted, samples, share of the true class) of the mistakes made most often."""
-    off = confusion.copy()
-    np.fill_diagonal(off, 0)
-    order = np.argsort(-off, axis=None, kind="stable")[:LISTED]
-    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, off.shape), strict=True)]
-    return [(i, j, int(off[i, j]), float(off[i, j] / confusion[i].sum())) for i, j in pairs if off[i, j]]
-
-
-# ---- pieces of HTML: Markup.format escapes every argument that is not Markup itself ----------------
+# ---- pieces of a page: Markup.format escapes every argument that is not Markup itself ----------
 
 
 def html(template: str, *values: Any, **named: Any) -> Markup:
@@ -253,27 +268,43 @@ def html(template: str, *values: Any, **named: Any) -> Markup:
 
 
 def join(parts: Iterable[Markup]) -> Markup:
-    return Markup("\n").join(parts)
+    return Markup("\n").join(part for part in parts if part)
+
+
+def wrap(template: str, *parts: Markup) -> Markup:
+    """`template` around what `parts` have to show; nothing around nothing."""
+    inside = join(parts)
+    return html(template, inside) if inside else Markup()
 
 
 def section(title: str, *parts: Markup) -> Markup:
-    """A section, or nothing where no part has anything to show."""
-    inside = join(part for part in parts if part)
     name = title.lower().replace(" ", "-")
-    return html('<section aria-labelledby="{0}"><h2 id="{0}">{1}</h2>\n{2}</section>', name, title, inside) if inside else Markup()
+    opening = html('<section aria-labelledby="{0}"><h2 id="{0}">{1}</h2>', name, title)
+    return wrap(opening + Markup("{}</section>"), *parts)
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[Any]], caption: str, kind: str = "") -> Markup:
-    """A table whose first cell in each row names the row."""
-    heads = join(html('<th scope="col">{}</th>', h) for h in head)
+def note(text: str) -> Markup:
+    return wrap('<p class="note">{}</p>', html("{}", text))
+
+
+def pair(*parts: Markup) -> Markup:
+    """Side by side where there is room."""
+    return wrap('<div class="pair">{}</div>', *parts)
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[Any]], caption: str, kind: str = "") -> Markup:
+    """A table whose first cell in a row names the row; nothing without rows."""
+    heads = join(html('<th scope="col">{}</th>', title) for title in head)
     lines = join(
-        html('<tr><th scope="row">{}</th>{}</tr>', row[0], join(html("<td>{}</td>", cell) for cell in row[1:])) for row in body
+        html('<tr><th scope="row">{}</th>{}</tr>', row[0], join(html("<td>{}</td>", cell) for cell in row[1:]))
+        for row in body
     )
-    return html('<table class="{}"><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table>', kind, caption, heads, lines)
+    opening = html('<table class="{}"><caption>{}</caption><thead><tr>{}</tr></thead>', kind, caption, heads)
+    return wrap(opening + Markup("<tbody>{}</tbody></table>"), lines)
 
 
 def bar(share: float, text: str) -> Markup:
-    """A value with a bar of `share` of the cell under it."""
+    """A value with a bar of `share` of the cell's width."""
     return html('<span class="bar" style="--share:{:.1f}%">{}</span>', 100 * share, text)
 
 
@@ -281,255 +312,353 @@ def folded(summary: str, inside: Markup) -> Markup:
     return html("<details><summary>{}</summary>{}</details>", summary, inside) if inside else Markup()
 
 
-def facts_list(pairs: Iterable[tuple[str, Any]], kind: str = "facts") -> Markup:
-    return html('<dl class="{}">{}</dl>', kind, join(html("<div><dt>{}</dt><dd>{}</dd></div>", k, v) for k, v in pairs if v not in (None, "")))
+def listing(pairs: Iterable[tuple[str, Any]], kind: str = "facts") -> Markup:
+    """Names and values; those without a value are left out."""
+    lines = (html("<div><dt>{}</dt><dd>{}</dd></div>", name, value) for name, value in pairs if value)
+    return wrap(f'<dl class="{kind}">{{}}</dl>', *lines)
 
 
 def command(title: str, *lines: str) -> Markup:
     return html('<h3>{}</h3><pre tabindex="0"><code>{}</code></pre>', title, "\n".join(lines))
 
 
-# ---- charts --------------------------------------------------------------------------------------
+def chart(facts: Facts, title: str, text: str, keys: dict[str, str], **form: Any) -> Markup:
+    """A figure of curves (name -> key of a row) over steps, drawn by report.js; nothing without two points.
+
+    `form`: format (d3), log, zero, stairs, fan (colours from the first curve to the last).
+    """
+    lowest = 0.0 if form.get("log") else -math.inf
+    found = {name: [p for p in facts.series(key) if p[1] > lowest] for name, key in keys.items()}
+    limit = FAN_POINTS if form.get("fan") else POINTS
+    curves = {
+        name: ([s for s, _ in points], [float(f"{v:.4g}") for _, v in points])
+        for name, points in ((name, thin(points, limit)) for name, points in found.items())
+        if len(points) > 1
+    }
+    marks = [(s.first, f"start {s.number}") for s in facts.starts[1:] if s.last > s.first]
+    data = {"about": f"{title}. {text}", "curves": curves, "restarts": marks, "format": "~g", **form}
+    # A closing tag in a name would end the script element.
+    inside = Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+    return html(
+        '<figure><figcaption><h3>{}</h3><p>{}</p></figcaption><div class="chart"></div>'
+        '<script type="application/json">{}</script></figure>', title, text, inside,
+    ) if curves else Markup()
 
 
-def chart(title: str, note: str, curves: dict[str, Points], restarts: Sequence[int], *, form: str = "~g", log: bool = False,
-          zero: bool = False, stairs: bool = False, fan: bool = False) -> Markup:
-    """A figure of curves over steps; nothing where no curve has two points. `fan` colours them from first to last."""
-    curves = {name: [p for p in points if p[1] > 0 or not log] for name, points in curves.items()}
-    curves = {name: thin(points, FAN_POINTS if fan else POINTS) for name, points in curves.items() if len(points) > 1}
-    if not curves:
-        return Markup()
-    names = list(curves)
-    colours = [f"var(--c{i + 1})" for i in range(len(names))]
-    if fan:
-        colours = [f"color-mix(in oklab, var(--c2) {100 * i / max(1, len(names) - 1):.0f}%, var(--c1))" for i in range(len(names))]
-    values = [{"x": s, "y": float(f"{v:.4g}"), "k": name} for name, points in curves.items() for s, v in points]
-    steps = [v["x"] for v in values]
-    x = alt.X("x:Q", title="step", scale=alt.Scale(domain=[min(steps), max(steps)], nice=False), axis=alt.Axis(format="~s", tickCount=5))
-    legend = alt.Legend(title=None, orient="top", symbolType="stroke") if len(names) > 1 and not fan else None
-    base = alt.Chart(alt.Data(values=values)).encode(
-        x=x, y=alt.Y("y:Q", title=None, axis=alt.Axis(format=form, tickCount=5), scale=alt.Scale(type="log" if log else "linear", zero=zero)),
-        color=alt.Color("k:N", scale=alt.Scale(domain=names, range=colours), legend=legend),
-    )
-    near = alt.selection_point(nearest=True, on="pointermove", clear="pointerout", fields=["x", "k"], empty=False)
-    zoom = alt.selection_interval(bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey]", translate=False)
-    hints = [alt.Tooltip("k:N", title="curve"), alt.Tooltip("x:Q", title="step", format=","), alt.Tooltip("y:Q", title="value", format=form)]
-    marks = alt.Chart(alt.Data(values=[{"x": s, "t": "restart"} for s in restarts])).mark_rule(strokeDash=[3, 4], color="var(--muted)", clip=True)
-    sparse = [v for v in values if len(curves[v["k"]]) <= 60 and not fan]
-    drawn = alt.layer(
-        marks.encode(x="x:Q", tooltip=[alt.Tooltip("t:N", title="attempt"), alt.Tooltip("x:Q", title="step", format=",")]),
-        base.mark_line(strokeWidth=1.6, interpolate="step-after" if stairs else "linear", clip=True).add_params(zoom),
-        base.properties(data=alt.Data(values=sparse)).mark_point(filled=True, size=22, opacity=1, clip=True),
-        base.mark_point(filled=True, size=70).encode(opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=hints).add_params(near),
-    ).properties(width="container", height=220, description=f"{title}. {note}")
-    spec = Markup(json.dumps(drawn.to_dict(), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
-    return html('<figure><figcaption><h3>{}</h3><p>{}</p></figcaption><div class="chart"></div><script type="application/json">{}</script></figure>',
-                title, note, spec)
+def data_uri(picture: Image.Image, form: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, optimize=True)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# ---- the page, section by section ----------------------------------------------------------------
+# ---- the page, section by section --------------------------------------------------------------
 
 
 def page(facts: Facts) -> str:
     """The whole page as text."""
     here = Path(__file__)
     scripts = [vl_convert.javascript_bundle(), here.with_suffix(".js").read_text(encoding="utf-8")]
-    # Only these two scripts may run and nothing may be loaded, whatever a class is called.
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    body = join(part for part in (
-        head(facts), what_ran(facts), curves(facts), rates(facts), optimizer(facts), speed(facts), classes(facts),
-        mistakes(facts), attempts(facts), commands(facts),
-    ) if part)
+    # Only these two may run and nothing may be loaded, whatever a class is called.
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    sections = (head, what_ran, curves, rates, optimizer, speed, classes, mistakes, starts, commands)
     return html(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name} – vitdist report</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}\">\n"
+        '<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         "<style>\n{css}</style></head>\n<body><main>\n{body}\n</main>\n{scripts}</body></html>\n",
-        name=facts.run.name, hashes=hashes, css=Markup(here.with_suffix(".css").read_text(encoding="utf-8")), body=body,
-        scripts=join(Markup(f"<script>{s}</script>") for s in scripts),
+        name=facts.run.name,
+        policy=policy,
+        css=Markup(here.with_suffix(".css").read_text(encoding="utf-8")),
+        body=join(make(facts) for make in sections),
+        scripts=join(Markup(f"<script>{script}</script>") for script in scripts),
     )
 
 
 def head(facts: Facts) -> Markup:
-    """The verdict and the figures that one looks for first."""
+    """The verdict, and the figures that one looks for first."""
     word, sentence = verdict(facts)
-    scores, summary = quality(facts), facts.record.get("summary") or {}
-    hours, unit = cost(facts)
-    fast = summary.get("images_per_s") or _median(facts.series("perf/images_per_s"))
+    scores, (hours, unit) = facts.scores, cost(facts)
+    fast = facts.about("summary").get("images_per_s") or facts.middle("perf/images_per_s")
     tiles = [
-        ("top-1", percent(scores["top1"]) if scores.get("top1") is not None else None),
-        ("macro-F1", f"{scores['macro_f1']:.3f}" if scores.get("macro_f1") is not None else None),
-        ("balanced accuracy", percent(scores["balanced_accuracy"]) if scores.get("balanced_accuracy") is not None else None),
-        ("time", duration(facts.seconds) if facts.seconds else None),
-        (unit, hours if facts.seconds else None),
-        ("images/s", figure(round(fast)) if fast else None),
+        ("top-1", percent(scores["top1"]) if "top1" in scores else ""),
+        ("macro-F1", f"{scores['macro_f1']:.3f}" if "macro_f1" in scores else ""),
+        ("balanced accuracy", percent(scores["balanced_accuracy"]) if "balanced_accuracy" in scores else ""),
+        ("time", duration(facts.seconds) if facts.seconds else ""),
+        (unit, hours if facts.seconds else ""),
+        ("images/s", figure(round(fast) if fast > 10 else fast) if fast else ""),
     ]
-    counts = np.array(_counts(facts, "val"))
-    guess = f"For comparison: always naming the largest class would be right for {percent(counts.max() / counts.sum())}." if counts.sum() else ""
+    counts = class_counts(facts, "val").values() if scores else ()
+    largest = percent(max(counts) / sum(counts)) if counts else ""
+    naive = f"Always naming the largest class would be right for {largest}." if largest else ""
     return html(
-        '<header><p class="eyebrow">vitdist · run report · {}</p><h1>{} <span class="badge {}">{}</span></h1><p class="verdict">{}</p>{}{}</header>',
-        when(datetime.now(UTC).timestamp()), facts.run.name, word, word, sentence, facts_list(tiles, "tiles"),
-        html('<p class="note">{}</p>', guess) if guess and scores else "",
+        '<header><p class="note">vitdist report · {}</p><h1>{} <span class="badge {}">{}</span></h1>'
+        '<p class="verdict">{}</p>{}{}</header>',
+        moment(datetime.now(UTC).timestamp()), facts.run.name, word, word, sentence,
+        listing(tiles, "tiles"), note(naive),
     )
 
 
 def what_ran(facts: Facts) -> Markup:
-    record, model, batch = facts.record, facts.record.get("model") or {}, facts.record.get("batch") or {}
-    data = {kind: (record.get("data") or {}).get(kind) or {} for kind in ("train", "val")}
-    sizes = {kind: f"{d['samples']:,} samples, digest {str(d.get('digest', '—'))[:12]}" for kind, d in data.items() if "samples" in d}
-    split = f"{batch['global_batch']} = {batch['micro_batch']} × {batch['accumulation']} × {batch['world']} (micro batch × accumulation × ranks)"
-    scale = "replicated" if record.get("zero") == 0 else f"ZeRO-{record.get('zero')}"
-    pairs = [
-        ("model", model.get("name")), ("weights", model.get("weights")),
-        ("parameters", f"{model['parameters']:,}, {model['trainable']:,} trained" if "parameters" in model else None),
-        ("training set", sizes.get("train")), ("validation set", sizes.get("val")),
-        ("global batch", split if batch else None),
-        ("engine", f"{record['precision']}, {scale}, {record.get('world')} ranks on {record.get('device', '?')}" if "precision" in record else None),
-        ("code", _commit(facts.env)), ("host", facts.env.get("host")),
-        ("versions", ", ".join(f"{k} {v}" for k, v in (facts.env.get("versions") or record.get("versions") or {}).items())),
+    """Model, data, batch, engine, code, and the settings that differ from the defaults."""
+    record, env, model, batch = facts.record, facts.env, facts.about("model"), facts.about("batch")
+    sets = {kind: facts.about("data").get(kind) or {} for kind in ("train", "val")}
+    sizes = {k: f"{s['samples']:,} samples, digest {s.get('digest', '–')[:12]}" for k, s in sets.items() if s}
+    zero = f"ZeRO-{record['zero']}" if record.get("zero") else "every rank holds all"
+    versions = env.get("versions") or facts.about("versions")
+    code = (env.get("commit") or "")[:12] + (" with uncommitted changes" if env.get("dirty") else "")
+    settings = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
+    title = "Settings that are not the default"
+    known = [
+        ("model", model.get("name")),
+        ("weights", model.get("weights")),
+        ("parameters", f"{model['parameters']:,}, of which {model['trainable']:,} trained" if model else ""),
+        ("training set", sizes.get("train")),
+        ("validation set", sizes.get("val")),
+        ("batch", "{global_batch} = {micro_batch} × {accumulation} × {world} ranks".format(**batch) if batch else ""),
+        ("engine", f"{record['precision']}, {zero}" if "precision" in record else ""),
+        ("ran on", f"{record['world']} × {record.get('device', 'rank')}" if "world" in record else ""),
+        ("host", env.get("host")),
+        ("code", code),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-    settings = [(name, figure(value), figure(default)) for name, value, default in differing(facts.settings)]
     return section(
-        "What ran", facts_list(pairs), _balance(facts),
-        folded(f"{len(settings)} settings that are not the default", table(("setting", "value", "default"), settings, "Settings of this run", "settings"))
-        if settings else Markup(),
+        "What ran",
+        pair(
+            wrap("<div>{}</div>", listing(known), table(("setting", "value", "default"), settings, title, "settings")),
+            wrap("<div>{}</div>", balance(class_counts(facts, "train"))),
+        ),
     )
 
 
-def _commit(env: Record) -> str | None:
-    return f"{env['commit'][:12]}{' and uncommitted changes (patch.diff)' if env.get('dirty') else ''}" if env.get("commit") else None
-
-
-def _names(facts: Facts) -> list[str]:
-    known = (facts.evaluation or {}).get("classes") or ((facts.record.get("data") or {}).get("train") or {}).get("classes")
-    return list(known) if isinstance(known, list) else []
-
-
-def _counts(facts: Facts, kind: str) -> list[int]:
-    found = ((facts.record.get("data") or {}).get(kind) or {}).get("counts") or []
-    return list(found.values()) if isinstance(found, dict) else list(found)
-
-
-def _balance(facts: Facts) -> Markup:
-    """Training samples of each class as bars; of many classes the largest and the smallest."""
-    counts = _counts(facts, "train")
-    if not counts:
+def balance(counts: dict[str, int]) -> Markup:
+    """Samples of each class as bars; of many classes the largest and the smallest."""
+    order = sorted(counts.items(), key=lambda item: -item[1])
+    if not order:
         return Markup()
-    names = _names(facts) or [f"class {i}" for i in range(len(counts))]
-    order = sorted(range(len(counts)), key=lambda i: -counts[i])
-    shown = order if len(order) <= MATRIX else order[: LISTED // 2] + order[-LISTED // 2 :]
-    ratio = f", the largest {max(counts) / max(1, min(counts)):.3g} times the smallest" if len(counts) > 1 else ""
-    rows = [(names[i], bar(counts[i] / max(1, *counts), f"{counts[i]:,}")) for i in shown]
+    most, least, half = order[0][1], order[-1][1], LISTED // 2
+    shown = order if len(order) <= MATRIX else order[:half] + order[-half:]
+    rows: list[tuple[str, Any]] = [(name, bar(n / max(1, most), f"{n:,}")) for name, n in shown]
     if len(shown) < len(order):
-        rows.insert(LISTED // 2, (f"… {len(order) - len(shown)} classes between …", ""))
-    note = f"Training samples of {len(counts)} class{'es' if len(counts) > 1 else ''}{ratio}"
-    return html("<h3>Classes</h3>{}", table(("class", "samples"), rows, note, "bars"))
+        rows.insert(half, (f"… {len(order) - len(shown)} classes between …", ""))
+    ratio = f", the largest {most / least:.3g} times the smallest" if least and most > least else ""
+    what = f"{len(order):,} classes{ratio}" if len(order) > 1 else "One class"
+    return table(("class", "training samples"), rows, what, "bars")
 
 
 def curves(facts: Facts) -> Markup:
-    best = max(((v, s) for s, v in facts.series("val/top1")), default=None)
-    restarted = " Dashed lines: a restart from a checkpoint." if facts.restarts else ""
-    return section(
-        "Learning curves",
-        html('<div class="pair">{}{}</div>', *_or_empty(
-            chart("Loss", f"Training loss has label smoothing and augmentation in it, so it may lie above the other.{restarted}",
-                  {"training": facts.series("train/loss"), "validation": facts.series("val/loss")}, facts.restarts),
-            chart("Validation quality", f"Best top-1 {percent(best[0])}, at step {best[1]:,}." if best else "",
-                  {"top-1": facts.series("val/top1"), "macro-F1": facts.series("val/macro_f1")}, facts.restarts, form=".0%"),
-        )),
-        html('<p class="note">Point at a curve for its numbers; Ctrl + wheel or a pinch zooms, a double click shows all again.</p>')
-        if facts.series("train/loss") else Markup(),
+    """Losses and validation quality over the run."""
+    best = max(((v, -s) for s, v in facts.series("val/top1")), default=(0.0, 0))
+    dashed = " Dashed: a restart from a checkpoint." if len(facts.starts) > 1 else ""
+    loss = {"training": "train/loss", "validation": "val/loss"}
+    quality = {"top-1": "val/top1", "macro-F1": "val/macro_f1"}
+    figures = pair(
+        chart(facts, "Loss", f"Smoothed labels and augmentation raise that of training.{dashed}", loss),
+        chart(facts, "Quality", f"Best top-1 {percent(best[0])}, at step {-best[1]:,}.", quality, format="~%"),
     )
-
-
-def _or_empty(*parts: Markup) -> tuple[Markup, ...]:
-    return parts
+    hint = "Point at a curve for its numbers; Ctrl and the wheel, or a pinch, zoom; a double click shows all again."
+    return section("Learning curves", figures, note(hint if figures else ""))
 
 
 def rates(facts: Facts) -> Markup:
+    """Learning rate of each layer group, as a fan, and the table of groups."""
     keys = sorted({key for row in facts.rows for key in row if key.startswith("lr/")}, reverse=True)
-    fan = {key.removeprefix("lr/"): facts.series(key) for key in keys}
-    peaks = {name: max(v for _, v in points) for name, points in fan.items() if points}
-    note = ""
-    if peaks:
-        top, low = list(peaks)[0], list(peaks)[-1]
-        note = f"From {top} (peak {peaks[top]:.2g}) down to {low} (peak {peaks[low]:.2g}); logarithmic axis."
-    key = html('<p class="fan"><span>{}</span><i aria-hidden="true"></i><span>{}</span></p>', list(fan)[0], list(fan)[-1]) if len(fan) > 1 else Markup()
-    groups = [(g.get("name"), figure(g.get("lr_scale")), figure(g.get("weight_decay")), figure(g.get("tensors")), figure(g.get("parameters")))
-              for g in facts.record.get("groups") or []]
+    peaks = {key.removeprefix("lr/"): max(v for _, v in facts.series(key)) for key in keys if facts.series(key)}
+    text, scale, names = "", Markup(), list(peaks)
+    if names:
+        top, low = names[0], names[-1]
+        text = f"At the peak from {peaks[top]:.2g} ({top}) down to {peaks[low]:.2g} ({low}); logarithmic axis."
+        scale = html('<p class="fan">{}<i aria-hidden="true"></i>{}</p>', top, low) if len(names) > 1 else scale
+    columns = ("name", "lr_scale", "weight_decay", "tensors", "parameters")
+    groups = [[figure(group.get(column)) for column in columns] for group in facts.record.get("groups") or ()]
+    fan = {name: f"lr/{name}" for name in names}
     return section(
-        "Learning rate of each layer", chart("Learning rates", note, fan, facts.restarts, form=".0e", log=True, fan=True), key,
-        folded(f"{len(groups)} parameter groups", table(("group", "rate ×", "weight decay", "tensors", "parameters"), groups, "Parameter groups")) if groups else Markup(),
+        "Learning rate of each layer",
+        chart(facts, "One line a layer", text, fan, format="~e", log=True, fan=True), scale,
+        folded(
+            f"{len(groups)} parameter groups",
+            table(("group", "rate ×", "weight decay", "tensors", "parameters"), groups, "Parameter groups"),
+        ),
     )
 
 
 def optimizer(facts: Facts) -> Markup:
+    """Gradient norm; in fp16 the loss scale and the updates skipped for it."""
     skipped, scale = facts.series("optim/skipped_steps"), facts.series("optim/loss_scale")
-    times = int(skipped[-1][1]) if skipped else 0
-    lost = f"{times} of {skipped[-1][0]:,} updates were skipped for an overflow." if skipped else ""
-    changing = len({v for _, v in scale}) > 1
     clip = (facts.settings.get("optim") or {}).get("clip")
-    charts = [chart("Gradient norm", f"Before clipping at {clip:g}." if clip else "Not clipped.", {"gradient norm": facts.series("optim/grad_norm")}, facts.restarts, log=True)]
-    if changing:
-        charts.append(chart("Loss scale", "Halved at an overflow, doubled after a quiet while.", {"loss scale": scale}, facts.restarts, form="~s", log=True, stairs=True))
-    if times:
-        charts.append(chart("Skipped updates", "Counted from the start.", {"skipped": skipped}, facts.restarts, stairs=True, zero=True))
-    fixed = f" The loss scale stayed at {scale[-1][1]:g}." if scale and not changing else ""
-    return section("Optimizer", html('<p class="note">{}{}</p>', lost, fixed) if lost or fixed else Markup(), html('<div class="pair">{}</div>', join(charts)) if any(charts) else Markup())
+    about = f"Before it is clipped at {clip:g}." if clip else "Not clipped."
+    figures, text = [chart(facts, "Gradient norm", about, {"gradient norm": "optim/grad_norm"}, log=True)], ""
+    if facts.record.get("precision") == "fp16" and skipped and scale:
+        text = f"{skipped[-1][1]:.0f} of {skipped[-1][0]:,} updates were skipped for an overflow."
+        about, curve = "Halved at an overflow, doubled after a quiet while.", {"loss scale": "optim/loss_scale"}
+        figures.append(chart(facts, "Loss scale", about, curve, format=".2s", log=True, stairs=True))
+    if skipped and skipped[-1][1]:
+        curve = {"skipped": "optim/skipped_steps"}
+        figures.append(chart(facts, "Skipped updates", "Counted from the first.", curve, zero=True, stairs=True))
+    return section("Optimizer", note(text), pair(*figures))
 
 
 def speed(facts: Facts) -> Markup:
-    wait, fast = facts.series("perf/data_wait_pct"), facts.series("perf/images_per_s")
-    more = [("images/s (median)", figure(_median(fast))), ("waiting for data (median)", f"{_median(wait):.1f}%" if wait else None)]
-    more += [(title, f"{_median(facts.series(key)):.1f} {unit}") for title, key, unit in
-             (("model FLOPs utilisation", "perf/mfu_pct", "%"), ("GPU memory of rank 0", "perf/memory_gib", "GiB")) if facts.series(key)]
-    charts = [chart("Images per second", "All ranks together, training alone.", {"images/s": fast}, facts.restarts, form="~s", zero=True),
-              chart("Waiting for data", "Share of the time in which the training loop stood still, in percent.", {"data wait": wait}, facts.restarts, zero=True)]
-    return section("Speed", facts_list(more) if fast else Markup(), html('<div class="pair">{}</div>', join(charts)) if any(charts) else Markup())
-
-
-def _median(points: Points) -> float | None:
-    return float(np.median([v for _, v in points])) if points else None
+    """Throughput and what it was lost to."""
+    names = {
+        "images/s": "perf/images_per_s", "% of the time waiting for data": "perf/data_wait_pct",
+        "% of the FLOPs that the GPU can do": "perf/mfu_pct", "GiB of GPU memory": "perf/memory_gib",
+    }
+    medians = ", ".join(f"{figure(facts.middle(key))} {name}" for name, key in names.items() if facts.series(key))
+    fast, wait = {"images/s": "perf/images_per_s"}, {"data wait": "perf/data_wait_pct"}
+    about = "Percent of the time in which training stood still for data."
+    return section(
+        "Speed",
+        note(f"Medians over the run: {medians}." if medians else ""),
+        pair(
+            chart(facts, "Images per second", "All ranks together, training alone.", fast, format=",~f", zero=True),
+            chart(facts, "Waiting for data", about, wait, zero=True),
+        ),
+    )
 
 
 def classes(facts: Facts) -> Markup:
+    """Scores of each class, the confusion matrix, the mistakes made most often."""
     found = facts.evaluation
     if not found:
         return Markup()
     names, confusion = found["classes"], np.array(found["confusion"])
-    scores = sorted(found["per_class"], key=lambda c: c["f1"])
-    rows = [(c["name"], f"{c['support']:,}", bar(c["precision"], percent(c["precision"])), bar(c["recall"], percent(c["recall"])), f"{c['f1']:.3f}") for c in scores]
-    head = ("class", "samples", "precision", "recall", "F1")
-    few = rows if len(rows) <= MATRIX else rows[:LISTED]
-    title = "Every class, the hardest first" if few is rows else f"The {len(few)} hardest of {len(rows)} classes"
-    pairs = [(html("{} <span>taken for</span> {}", names[i], names[j]), f"{n:,}", bar(share, percent(share))) for i, j, n, share in confused(confusion)]
+    rows = [
+        (c["name"], f"{c['support']:,}", bar(c["precision"], percent(c["precision"])),
+         bar(c["recall"], percent(c["recall"])), f"{c['f1']:.3f}")
+        for c in sorted(found["per_class"], key=lambda c: c["f1"])
+    ]
+    columns, few = ("class", "samples", "precision", "recall", "F1"), LISTED if len(rows) > MATRIX else len(rows)
+    rest = f"The other {len(rows) - few:,} classes"
+    title = "Every class, the hardest first" if few == len(rows) else f"The {few} hardest of {len(rows):,} classes"
+    pairs = [
+        (html("{} <i>taken for</i> {}", names[i], names[j]), f"{n:,}", percent(share))
+        for i, j, n, share in confused(confusion)
+    ]
+    often = table(("mistake", "samples", "of class"), pairs, "Mistakes made most often", "pairs")
+    both = [matrix(names, confusion), often] if len(names) > 1 else []
     return section(
-        "Classes", html('<p class="note">Measured on {:,} validation samples at step {:,}.</p>', int(confusion.sum()), found.get("step") or 0),
-        table(head, few, title, "scores"),
-        folded(f"The other {len(rows) - len(few)} classes", table(head, rows[len(few):], "The other classes", "scores")) if few is not rows else Markup(),
-        html("<h3>Confusion</h3>{}", matrix(names, confusion)) if len(names) > 1 else Markup(),
-        table(("mistake", "samples", "of the class"), pairs, "Mistakes made most often", "pairs") if pairs and len(names) > 2 else Markup(),
+        "Classes",
+        note(f"Measured on {int(confusion.sum()):,} validation samples at step {found['step']:,}."),
+        table(columns, rows[:few], title, "scores"),
+        folded(rest, table(columns, rows[few:], rest, "scores")),
+        wrap("<h3>Confusion</h3>{}", *(both if 10 < len(names) <= MATRIX else [pair(*both)])),
     )
 
 
 def matrix(names: list[str], confusion: np.ndarray) -> Markup:
-    """Rows the true class, columns the predicted one: a table for a few classes, a picture for many."""
+    """Rows the true class, columns the predicted one: a table of a few classes, a picture of many."""
     share = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    key = "Rows: the true class; columns: the predicted one; stronger: more of the class."
     if len(names) > MATRIX:
-        # The alpha channel carries the value, so that the picture suits a light page and a dark one.
+        side = -(-len(names) // SQUARES)
+        edges = np.arange(0, len(names), side)
+        share = np.maximum.reduceat(np.maximum.reduceat(share, edges), edges, axis=1)
+        # The value is in the alpha channel, so that the picture suits a light page and a dark one.
         pixels = np.zeros((*share.shape, 4), np.uint8)
         pixels[..., :3] = (213, 94, 0)
-        pixels[np.eye(len(names), dtype=bool), :3] = (0, 114, 178)
+        pixels[np.eye(len(share), dtype=bool), :3] = (0, 114, 178)
         pixels[..., 3] = np.round(255 * np.sqrt(share))
-        return html('<figure class="matrix"><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>', _data_uri(Image.fromarray(pixels)),
-                    f"Confusion matrix of {len(names)} classes; the mistakes made most often are in the table below.",
-                    f"{len(names)} × {len(names)} classes in their order: rows true, columns predicted; blue right, orange wrong, stronger for a larger share of the class.")
-    heads = join(html('<th scope="col"><span>{}</span></th>', n) for n in names)
+        key += f" {len(names):,} classes in their order; blue right, orange wrong."
+        key += f" A square is the strongest of {side} × {side} pairs." if side > 1 else ""
+        return html(
+            '<figure class="matrix"><figcaption>{}</figcaption><img src="{}" alt="Confusion matrix of {:,} classes; '
+            'the table next to it names the mistakes made most often."></figure>',
+            key, data_uri(Image.fromarray(pixels)), len(names),
+        )
+    heads = join(html('<th scope="col" title="{0}"><span>{0}</span></th>', name) for name in names)
     lines = join(
-        html('<tr><th scope="row">{}</th>{}</tr>', names[i], join(
-            html('<td class="{}" style="--v:{:.0f}%" title="{}">{}</td>', "hit" if i == j else "miss", 100 * math.sqrt(share[i, j]),
-                 f"{names[i]}, predicted {names[j]}: {n}", int(n) or "") for j, n in enumerate(confusion[i])))
-        for i in range(len(names))
+        html('<tr><th scope="row" title="{0}"><span>{0}</span></th>{1}</tr>', names[i], join(
+            html('<td class="{}" style="--v:{:.0f}%" title="{} taken for {}">{}</td>',
+                 "hit" if i == j else "miss", 100 * math.sqrt(share[i, j]), names[i], names[j], int(n) or "")
+            for j, n in enumerate(line)))
+        for i, line in enumerate(confusion)
     )
-    return html('<table class="confusion"><caption>Rows: the true class; columns: the predicted one. Stronger: a larger share of the class.</caption>'
-                '<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table>', heads, lines)
+    return html('<div><table class="confusion"><caption>{}</caption><thead><tr><td></td>{}</tr></thead>'
+                "<tbody>{}</tbody></table></div>", key, heads, lines)
+
+
+def mistakes(facts: Facts) -> Markup:
+    """The most confident mistakes as pictures out of the validation shards."""
+    if not facts.evaluation or not facts.run.predictions.exists():
+        return Markup()
+    with np.load(facts.run.predictions) as kept:
+        ids, labels, predicted, sure = (kept[name] for name in ("ids", "labels", "predicted", "confidence"))
+    wrong, names = np.flatnonzero(labels != predicted), facts.evaluation["classes"]
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:LISTED]
+    text = f"{len(wrong):,} of {len(labels):,} validation samples are classified wrong"
+    try:
+        shards = Index.open(facts.settings["data"]["val"])
+        pictures = [(k, shards.source(int(ids[k])), thumbnail(shards.image(int(ids[k])))) for k in worst]
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        return section("Worst mistakes", note(f"{text}; their pictures cannot be read here: {error}"))
+    items = [
+        html(
+            '<li><img src="{0}" title="{1}" alt="Validation sample {2}: is {3}, was taken for {4}">'
+            "<p><b>{3}</b></p><p>taken for <b>{4}</b>, {5}</p></li>",
+            picture, source, ids[k], names[labels[k]], names[predicted[k]], percent(sure[k]),
+        )
+        for k, source, picture in pictures
+    ]
+    text += "; below, those that the model was surest of: look for wrong labels first." if items else "."
+    return section("Worst mistakes", note(text), wrap('<ul class="pictures">{}</ul>', *items))
+
+
+def thumbnail(stored: bytes) -> str:
+    """A small picture as data URI; a tiny one enlarged to squares instead of a blur. Raises OSError."""
+    with Image.open(io.BytesIO(stored)) as file:
+        picture = file.convert("RGB")
+    times = THUMB // max(picture.size)
+    if times > 1:
+        size = picture.width * times, picture.height * times
+        return data_uri(picture.resize(size, Image.Resampling.NEAREST))
+    picture.thumbnail((THUMB, THUMB))
+    return data_uri(picture, "JPEG")
+
+
+def starts(facts: Facts) -> Markup:
+    """Each attempt: when, from which step to which, how it ended and why."""
+    total = max(facts.record.get("total_steps") or 0, *(s.last for s in facts.starts), 1)
+    words = {"done": "finished", "stopped": "stopped and saved", "lost": "ended without a word"}
+    items = []
+    for start, following in zip(facts.starts, [*facts.starts[1:], None], strict=False):
+        again = start.last - following.first if following else 0
+        told = [f"Steps {start.first:,} to {start.last:,}", start.why.rstrip(".")]
+        told += [f"{again:,} of them were done again by the next start"] if again > 0 else []
+        when = f"{moment(start.began)}, {duration(start.seconds)}" if start.began else ""
+        items.append(html(
+            '<li><p><b>Start {}</b> <span class="badge {}">{}</span> <span class="note">{}</span></p>'
+            '<p class="span" aria-hidden="true"><i style="margin-left:{:.2f}%;width:{:.2f}%"></i></p>'
+            "<p>{}.</p></li>",
+            start.number, start.state, words.get(start.state, start.state), when, 100 * start.first / total,
+            100 * (start.last - start.first) / total, ". ".join(part for part in told if part),
+        ))
+    return section("Starts", wrap('<ol class="starts">{}</ol>', *items))
+
+
+def commands(facts: Facts) -> Markup:
+    """Files of the run, and the commands that make more of it."""
+    run, env = facts.run, facts.env
+    at, ranks = shlex.quote(str(run.path)), facts.record.get("world", 1)
+    files = {
+        "settings": run.config, "script": run.submit, "figures": run.metrics, "evaluation": run.evaluation,
+        "predictions": run.predictions, "checkpoints": run.checkpoints, "model": run.model, "code": run.code,
+    }
+    started = shlex.join(map(str, env.get("argv") or ()))
+    again = [f"git checkout {env['commit']}"] if env.get("commit") else []
+    again += [f"git apply {at}/patch.diff"] if env.get("dirty") and run.patch.exists() else []
+    again += [started or f"torchrun --nproc-per-node {ranks} -m vitdist.train {at}/config.yaml"]
+    resume = f"torchrun --nproc-per-node {ranks} -m vitdist.train {at}"
+    resume = f"python launch/jobs.py resume {run.name}" if run.cluster.exists() else resume
+    use = f'classify = pipeline("image-classification", model={str(run.model)!r})'
+    return section(
+        "Files and commands",
+        listing((title, html("<code>{}</code>", path)) for title, path in files.items() if path.exists()),
+        command("Predict", "from transformers import pipeline", use, 'classify("picture.jpg")')
+        if run.model.exists() else Markup(),
+        command("Resume", resume) if facts.record["state"] != "done" else Markup(),
+        command("Reproduce", *again),
+        command("Upload to Weights & Biases", f"wandb sync {at}/wandb/offline-run-*")
+        if any(run.wandb.glob("offline-run-*")) else Markup(),
+    )

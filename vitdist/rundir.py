@@ -7,7 +7,7 @@
       code/ patch.diff          the code that runs; what of it was not committed
       attempts/K/job.json       the launcher's record of start K   (one writer: the first node's job)
       attempts/K/train.json     the trainer's record of start K    (one writer: rank 0)
-      attempts/K/logs/node-N/   torchrun.log and rank-R.log
+      attempts/K/logs/node-N/   torchrun.log, rank-R.log; node.json: how that node ended (one writer: its job)
       checkpoints/step-S/       appears whole; manifest.json says what is in it
       metrics.jsonl             one row every few steps, the truth that W&B mirrors
       evaluation.json predictions.npz    the newest evaluation
@@ -60,6 +60,9 @@ class Attempt:
 
     def torchrun_log(self, node: int) -> Path:
         return self.path / "logs" / f"node-{node}" / "torchrun.log"
+
+    def node(self, node: int) -> Path:
+        return self.path / "logs" / f"node-{node}" / "node.json"
 
     def rank_log(self, node: int, rank: int) -> Path:
         return self.path / "logs" / f"node-{node}" / f"rank-{rank}.log"

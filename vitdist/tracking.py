@@ -5,6 +5,7 @@ nothing that W&B does can stop or slow a training: any failure there is told onc
 """
 
 import json
+import math
 import netrc
 import os
 import secrets
@@ -61,7 +62,9 @@ class Journal:
         """One row of figures at a step, everywhere."""
         if not self._first:
             return
-        row = {"attempt": self._attempt.number, "time": round(time.time(), 3), "train/global_step": step, **figures}
+        # JSON has no NaN or infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        row = {"attempt": self._attempt.number, "time": round(time.time(), 3), "train/global_step": step, **finite}
         self._rows.write(json.dumps(row) + "\n")
         self._last |= figures
         self.progress(step, "training")
@@ -112,7 +115,7 @@ class Journal:
             # Defaults wait 90 s for a server and for ever at the end, and lose 15 s of rows to a SIGKILL.
             # Remotes of git and captured output may hold secrets.
             settings=wandb.Settings(
-                init_timeout=30, finish_timeout=60, x_transaction_log_flush_interval=1, console="off", disable_git=True,
+                init_timeout=30, finish_timeout=60, x_transaction_log_flush_interval=1, console="off", disable_git=True, silent=True,
             ),
         )
         # W&B's own step is shifted when offline parts are joined; ours is the axis.

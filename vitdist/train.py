@@ -7,6 +7,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -26,11 +27,17 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
 
     from vitdist.checkpoint import Identity
     from vitdist.data.index import Index
-    from vitdist.data.loader import TrainBatch
+    from vitdist.data.reader import MicroBatch
     from vitdist.dist import Processes
     from vitdist.engine import Engine
     from vitdist.metrics import Meter
     from vitdist.tracking import Journal
+
+
+# fp16 may halve its loss scale 16 times before the first update; a longer streak does not end by itself.
+MOST_SKIPPED_IN_A_ROW = 50
+
+_REMEDY = "the run diverged; lower optim.lr, lengthen optim.warmup or set optim.clip"
 
 
 class TrainingFailed(RuntimeError):
@@ -66,9 +73,8 @@ class Session:
 def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequest) -> int:
     """Train the run in `run` to its end or to a stop; returns the exit code (rundir.EXIT_*)."""
     from vitdist import checkpoint, dist, export, metrics, model, optim
-    from vitdist.data import order
     from vitdist.data.index import Index
-    from vitdist.engine import Engine
+    from vitdist.data.order import Order, order_hash
     from vitdist.tracking import Journal
 
     began = time.monotonic()
@@ -81,7 +87,7 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
             _same_classes(settings, train_set, val_set)
             batch = config.split_batch(settings.train, me.world)
             total = config.total_steps(settings.train, batch, len(train_set))
-            _agree("order of samples", order.order_hash(len(train_set), settings.train.seed, train_set.digest, batch), me)
+            _agree("order of samples", order_hash(Order(len(train_set), settings.train.seed, train_set.digest), batch.global_batch), me)
 
             # model: a learning rate for each layer
             net, weights = model.build(settings.model, train_set.classes, settings.train.seed)
@@ -90,6 +96,8 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
             meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
 
             # DeepSpeed owns precision, sharding and the update from here
+            from vitdist.engine import Engine  # asks at import which device `dist` chose
+
             fingerprint = checkpoint.fingerprint(groups)
             about = {"groups": optim.describe(groups), "model": model.describe(settings.model, net, weights)}
             engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
@@ -135,15 +143,19 @@ def _loop(s: Session, stopping: StopRequest) -> str | None:
     settings, engine = s.settings, s.engine
     evaluate_every = max(1, round(settings.evaluation.every_epochs * len(s.train_set) / s.batch.global_batch))
     save_every = settings.checkpoint.every_steps or evaluate_every
-    batches = loader.train_batches(s.train_set, settings, s.batch, s.me.rank, engine.steps, s.me.cores)
+    batches = loader.train_batches(s.train_set, settings, s.batch, s.me.rank, engine.steps, s.me.local_world)
     losses: list[Tensor] = []
-    bad = 0
+    bad, in_a_row = 0, 0
     engine.train()
     while engine.steps < s.total:
+        skipped = engine.skipped
         loss, broken = _update(s, batches)
         losses.append(loss)
         bad += broken
         step = engine.steps
+        in_a_row = in_a_row + 1 if engine.skipped > skipped else 0
+        if in_a_row == MOST_SKIPPED_IN_A_ROW:
+            raise TrainingFailed(f"the gradients of the last {in_a_row} steps before step {step} are not finite: {_REMEDY}")
         last = step == s.total
         if step % settings.tracking.log_every == 0 or last:
             _log(s, losses, bad)
@@ -161,7 +173,7 @@ def _loop(s: Session, stopping: StopRequest) -> str | None:
     return None
 
 
-def _update(s: Session, batches: "Iterator[TrainBatch]") -> "tuple[Tensor, int]":
+def _update(s: Session, batches: "Iterator[MicroBatch]") -> "tuple[Tensor, int]":
     """One update over a global batch; returns this rank's mean loss and its number of broken samples."""
     import torch
     from torch.nn import functional as F
@@ -182,6 +194,8 @@ def _update(s: Session, batches: "Iterator[TrainBatch]") -> "tuple[Tensor, int]"
         s.engine.step()
         total_loss += loss.detach()
         broken += len(micro.bad)
+        for bad in micro.bad:
+            print(f"step {s.engine.steps}: replaced sample {bad.key} of {bad.shard}: {bad.reason}", file=sys.stderr)
     s.meter.step()
     return total_loss / s.batch.accumulation, broken
 
@@ -200,8 +214,8 @@ def _log(s: Session, losses: "list[Tensor]", bad: int) -> None:
         "optim/grad_norm": engine.grad_norm, "optim/loss_scale": engine.loss_scale, "optim/skipped_steps": engine.skipped,
         "data/bad_samples": bad_samples, **s.meter.row(s.total - step),
     })
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise TrainingFailed(f"the loss is {loss} at step {step}: lower optim.lr, lengthen optim.warmup or set optim.clip")
+    if not math.isfinite(loss):
+        raise TrainingFailed(f"the loss is {loss} at step {step}: {_REMEDY}")
     budget = max(1.0, s.settings.data.max_bad * len(s.train_set) * max(1.0, seen / len(s.train_set)))
     if bad_samples > budget:
         raise TrainingFailed(
@@ -217,7 +231,7 @@ def _evaluate(s: Session) -> dict[str, float]:
 
     s.journal.progress(s.engine.steps, "evaluating")
     size = s.settings.evaluation.batch or 2 * s.batch.micro_batch
-    batches = loader.evaluation_batches(s.val_set, s.settings, s.me.rank, s.me.world, size, s.me.cores)
+    batches = loader.evaluation_batches(s.val_set, s.settings, s.me.rank, s.me.world, size, s.me.local_world)
     s.engine.eval()
     result = evaluate.evaluate(s.engine.forward, batches, s.prepare, len(s.val_set.classes), len(s.val_set), s.me)
     s.engine.train()
@@ -315,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", help="name of the run folder; an existing one with the same settings is continued")
     parser.add_argument("--runs", default="runs", help="where run folders lie (default: runs)")
     parser.add_argument("--attempt", type=int, help="number of this start of a run folder; its ranks write to their own log files")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # options may stand between overrides
     stopping = stop.install()
     rank, node = int(os.environ.get("RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
     try:

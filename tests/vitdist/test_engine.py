@@ -93,6 +93,10 @@ def test_one_asked_rank_stops_all() -> None:
     assert (first_reason, second_reason) == (None, "SIGUSR2")
 
 
+def test_fp16_is_refused_where_the_device_cannot() -> None:
+    assert "fp16 needs a GPU; use auto, bf16 or fp32" in ranks.run(workers.fp16_where_it_cannot, 1)[0]
+
+
 def test_deepspeed_is_told_what_the_settings_say() -> None:
     s = workers.settings(**{"engine.zero": 3, "optim.clip": 0.7, "train.accumulation": 4})
     told = deepspeed_config(s, config.split_batch(s.train, 2), "fp16")

@@ -1,0 +1,129 @@
+"""What can be known wrong before anything is queued: one small function a check, every fault told at once.
+
+    for finding in preflight.check(settings, runs_folder, nodes, cluster, slurm): print(finding)
+
+A check looks, it never makes anything: `--dry-run` runs them too. Imports no torch and opens no shard.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.cluster import Cluster, Slurm
+from vitdist.config import Config
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`refuse`: the run would fail; `warn`: it may."""
+
+    level: Literal["refuse", "warn"]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'error' if self.level == 'refuse' else 'warning'}: {self.text}"
+
+
+def check(settings: Config, runs: Path, nodes: int, cluster: Cluster | None, slurm: Slurm | None) -> list[Finding]:
+    """All findings; `cluster` is None for a run on this machine."""
+    found = [*shards(settings), *writable(runs)]
+    if cluster:
+        found += [*sbatch(), *partition(cluster, slurm), *capacity(cluster, nodes, slurm)]
+    return found
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def shards(settings: Config) -> list[Finding]:
+    """Training and validation shards are there, indexed, not empty and of the same classes."""
+    found: list[Finding] = []
+    classes: dict[str, list[str]] = {}
+    for name in ("train", "val"):
+        folder = Path(getattr(settings.data, name))
+        record, fault = _index(folder)
+        if fault:
+            found.append(Finding("refuse", f"data.{name}: {fault}"))
+        elif not record.get("samples"):
+            found.append(Finding("refuse", f"data.{name}: {folder}: its index names no pictures; run: vitdist index {folder}"))
+        else:
+            classes[name] = record.get("classes", [])
+    if len(classes) == 2 and classes["train"] != classes["val"]:
+        odd = sorted(set(classes["train"]) ^ set(classes["val"]))
+        what = f"differ in the classes {', '.join(odd[:5])}" if odd else "have their classes in different orders"
+        found.append(Finding("refuse", f"data.train and data.val {what}: pack both with one `vitdist pack FOLDER OUT`"))
+    return found
+
+
+def _index(folder: Path) -> tuple[dict[str, Any], str]:
+    """What index.json says, and what is wrong ("" if nothing)."""
+    if not folder.is_dir():
+        return {}, f"{folder}: no such folder; to make it of pictures run: vitdist pack FOLDER {folder.parent}"
+    if not any(folder.glob("*.tar")):
+        inside = [path for path in (folder / "train", folder / "val") if any(path.glob("*.tar"))]
+        hint = f"did you mean {inside[0]}?" if inside else f"if it holds pictures, run: vitdist pack {folder} OUT"
+        return {}, f"{folder}: holds no shards (*.tar); {hint}"
+    try:
+        record = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("not a record")
+    except FileNotFoundError:
+        return {}, f"{folder}: its shards have no index; run: vitdist index {folder}"
+    except (OSError, ValueError) as error:
+        return {}, f"{folder}/index.json cannot be read ({error}); run: vitdist index {folder}"
+    return record, ""
+
+
+# ---- places --------------------------------------------------------------------------------------
+
+
+def writable(runs: Path) -> list[Finding]:
+    """The run folder can be made."""
+    place = runs
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return [Finding("refuse", f"--runs {runs}: {place} is a file; choose another folder")]
+    if not os.access(place, os.W_OK | os.X_OK):
+        return [Finding("refuse", f"--runs {runs}: you may not write in {place}; choose another folder with --runs")]
+    return []
+
+
+def sbatch() -> list[Finding]:
+    """The commands of SLURM are in reach."""
+    absent = [name for name in ("sbatch", "srun", "scontrol") if not shutil.which(name)]
+    if not absent:
+        return []
+    return [Finding("refuse", f"{', '.join(absent)}: not in PATH; submit on a login node of the cluster, or use --cluster local")]
+
+
+def partition(cluster: Cluster, slurm: Slurm | None) -> list[Finding]:
+    """The profile's partitions exist."""
+    if not slurm:
+        silent = "SLURM does not answer (sinfo), so partition, nodes and GPUs are not checked"
+        return [Finding("warn", silent)] if not sbatch() else []
+    return [
+        Finding("refuse", f"partition {name}: this cluster has none of that name; {slurm.near(name)}")
+        for name in slurm.missing(cluster.partition)
+    ]
+
+
+def capacity(cluster: Cluster, nodes: int, slurm: Slurm | None) -> list[Finding]:
+    """The partition is large enough and its limit long enough: SLURM itself would let the job wait for ever."""
+    kinds = slurm.nodes(cluster.partition) if slurm else []
+    if not kinds or cluster.gpus_per_node == "auto":
+        return []
+    name = cluster.partition or (slurm.default if slurm else None)
+    found: list[Finding] = []
+    able = sum(kind.count for kind in kinds if kind.gpus >= cluster.gpus_per_node)
+    if able < nodes:
+        what = f" with {cluster.gpus_per_node} GPUs" if cluster.gpus_per_node else ""
+        found.append(Finding("refuse", f"--nodes {nodes}: partition {name} has {able} nodes{what}"))
+    longest = [kind.minutes for kind in kinds if kind.minutes is not None]
+    if longest and cluster.minutes > max(longest):
+        limit = max(longest)
+        found.append(Finding("refuse", f"time {cluster.time}: partition {name} allows {limit} minutes; use --time {limit}"))
+    return found

@@ -1,0 +1,51 @@
+"""Shards and settings that several tests share; made once a session, read-only."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitdist.data.pack import pack, write_digits
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Indexed shards of 60 + 21 small pictures of 3 classes that differ in colour."""
+    folder = tmp_path_factory.mktemp("squares")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 7)):
+        for label, name in enumerate(("blue", "green", "red")):
+            for number in range(count):
+                pixels = generator.integers(0, 128, (20, 24, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 100
+                path = folder / "pictures" / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    pack(folder / "pictures", folder / "shards", workers=1, progress=False)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with scikit-learn's digits: pictures/ and indexed shards/."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder / "pictures")
+    pack(folder / "pictures", folder / "shards", workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, squares: Path) -> Path:
+    """A configuration file for `squares`: a tiny ViT, 12 steps."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"""
+data: {{train: {squares}/train, val: {squares}/val, crop_scale: [0.7, 1.0], flip: 0.5}}
+model: {{image_size: 16, scratch: {{patch_size: 8, width: 32, depth: 2, heads: 2}}}}
+train: {{global_batch: 12, steps: 12}}
+optim: {{lr: 3.0e-3}}
+engine: {{threads: 1}}
+evaluation: {{every_epochs: 1}}
+tracking: {{log_every: 1, wandb: off}}
+""")
+    return path

@@ -1,0 +1,199 @@
+"""From shard bytes to pixels. python -m pytest tests/vitdist/data/test_reader.py"""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitdist.config import Data
+from vitdist.data import reader, transforms
+from vitdist.data.index import Index
+from vitdist.data.pack import pack
+from vitdist.data.reader import Samples, through_webdataset
+
+
+def encoded(pixels: np.ndarray, form: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(seed: int, height: int = 40, width: int = 30) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+SETTINGS = Data(train="-", val="-")
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Index:
+    """24 samples of 2 classes in 5 shards."""
+    for i in range(24):
+        form = ("JPEG", "PNG", "WEBP")[i % 3]
+        path = tmp_path / "pictures" / f"c{i % 2}" / f"{i}.{form.lower()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(noise(i), form))
+    pack(tmp_path / "pictures", tmp_path / "out", workers=1, shard_samples=5)
+    return Index.open(tmp_path / "out/train")
+
+
+def damage(index: Index, row: int, at: int) -> None:
+    """Flip a byte `at` bytes into a sample."""
+    position = int(index.rows["offset"][row]) + at
+    with open(index.folder / index.shards[index.rows["shard"][row]].name, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_strict_path_gives_the_same_bytes(shards: Index) -> None:
+    ids = np.random.default_rng(0).permutation(len(shards)).tolist()
+    strict = list(through_webdataset(shards, ids))
+    spans = Samples(shards, SETTINGS, 16, 0, training=False)._read(ids)
+    for i, (payload, label), span in zip(ids, strict, spans, strict=True):
+        start, size = int(shards.rows["image_offset"][i]), int(shards.rows["image_size"][i])
+        assert payload == span[start : start + size] == shards.image(i)
+        assert label == shards.labels[i]
+
+
+def test_neighbours_are_read_in_one_call(shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(reader.os, "pread", lambda *args: calls.append(1) or pread(*args))
+    samples = Samples(shards, SETTINGS, 16, 0, training=False)
+    spans = samples._read(list(range(24)))
+    assert len(calls) == len(shards.shards) == 5
+    assert spans == [shards.read(i) for i in range(24)]
+
+
+def test_pixels_depend_on_seed_epoch_and_sample_only(shards: Index) -> None:
+    samples = Samples(shards, SETTINGS, 16, 3, training=True)
+    wanted = [(0, 5), (1, 5), (0, 9), (0, 5)]
+    batch = samples.__getitems__(wanted)
+    assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (4, 3, 16, 16))
+    assert batch.ids.tolist() == [5, 5, 9, 5]
+    assert batch.labels.tolist() == [int(shards.labels[i]) for i in (5, 5, 9, 5)]
+    assert torch.equal(batch.images[0], batch.images[3])
+    assert not torch.equal(batch.images[0], batch.images[1])
+    alone = samples.__getitems__([(1, 5)])
+    assert torch.equal(alone.images[0], batch.images[1])
+    other_seed = Samples(shards, SETTINGS, 16, 4, training=True).__getitems__(wanted)
+    assert not torch.equal(batch.images, other_seed.images)
+
+
+def test_broken_samples_are_replaced_in_training(shards: Index) -> None:
+    straight = Samples(shards, SETTINGS, 16, 0, training=True)
+    wanted = [(0, i) for i in range(24)]
+    before = straight.__getitems__(wanted)
+    damage(shards, 7, 1536 + 40)
+    batch = straight.__getitems__(wanted)
+    again = Samples(shards, SETTINGS, 16, 0, training=True).__getitems__(wanted[7:8])
+    (bad,) = batch.bad
+    assert (bad.id, bad.shard, bad.key) == (7, shards.shards[shards.rows["shard"][7]].name, shards.key(7))
+    assert "CRC" in bad.reason
+    assert batch.ids[7] == again.ids[0] != 7
+    assert batch.mask.all()
+    assert torch.equal(batch.images[7], again.images[0])
+    assert batch.labels[7] == int(shards.labels[int(batch.ids[7])])
+    rest = torch.arange(24) != 7
+    assert torch.equal(batch.images[rest], before.images[rest])
+
+
+def test_broken_samples_and_padding_are_masked_in_evaluation(shards: Index) -> None:
+    damage(shards, 2, 0)  # in the tar header: the key cannot be read either
+    batch = Samples(shards, SETTINGS, 16, 0, training=False).__getitems__([(0, 1), (0, 2), (0, -1)])
+    assert batch.mask.tolist() == [True, False, False]
+    assert batch.ids.tolist() == [1, -1, -1]
+    assert [(bad.id, bad.key) for bad in batch.bad] == [(2, "sample 2")]
+    assert Samples(shards, SETTINGS, 16, 0, training=False).__getitems__([(0, -1)]).ids.tolist() == [-1]
+
+
+def test_a_missing_shard_is_said_and_a_broken_set_ends(shards: Index) -> None:
+    name = shards.shards[0].name
+    (shards.folder / name).unlink()
+    batch = Samples(shards, SETTINGS, 16, 0, training=True).__getitems__([(0, 0)])
+    assert batch.bad[0].reason == "not readable (No such file or directory)"
+    for shard in shards.shards[1:]:
+        os.truncate(shards.folder / shard.name, 0)
+    with pytest.raises(ValueError, match="100 samples in a row are broken"):
+        Samples(shards, SETTINGS, 16, 0, training=True).__getitems__([(0, 0)])
+
+
+def test_an_undecodable_picture_is_bad(tmp_path: Path) -> None:
+    for i in range(6):
+        path = tmp_path / "pictures" / f"c{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = encoded(noise(i, 200, 200), "JPEG")
+        path.write_bytes(content[: len(content) // 3] if i == 4 else content)
+    pack(tmp_path / "pictures", tmp_path / "out", workers=1)
+    index = Index.open(tmp_path / "out/train")
+    batch = Samples(index, SETTINGS, 16, 0, training=False).__getitems__([(0, i) for i in range(6)])
+    (bad,) = batch.bad
+    assert index.source(bad.id) == "c0/4.jpg"
+    assert "not decodable (OSError" in bad.reason
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    grey = np.full((20, 20, 3), 255, np.uint8)
+    form = {"CMYK": "JPEG"}.get(mode, "PNG")
+    pixels = transforms.evaluation_pixels(encoded(grey, form, mode), SETTINGS, 16)
+    assert pixels.shape == (16, 16, 3)
+    assert pixels.min() >= 253
+
+
+def test_sixteen_bit_grey_keeps_its_contrast() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.repeat(np.array([[1000, 60000]], np.uint16), 8, 0).repeat(4, 1)).save(buffer, "PNG")
+    pixels = transforms.evaluation_pixels(buffer.getvalue(), SETTINGS.model_copy(update={"eval_crop": 1.0}), 8)
+    assert (pixels[0, 0, 0], pixels[0, 7, 0]) == (1000 >> 8, 60000 >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int) -> None:
+    from PIL import ImageOps
+
+    smooth = np.asarray(Image.fromarray(noise(0, 3, 4)).resize((640, 480), Image.Resampling.BICUBIC))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(smooth, "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    box = (upright.width * 0.1, upright.height * 0.2, upright.width * 0.9, upright.height * 0.7)
+    expected = np.asarray(upright.resize((32, 32), Image.Resampling.BILINEAR, box=box)).astype(int)
+    got = np.asarray(transforms.cut(content, lambda w, h: (w * 0.1, h * 0.2, w * 0.9, h * 0.7), 32)).astype(int)
+    assert np.abs(got - expected).max() <= 6  # the decoder has halved the picture: not the same bits
+
+
+def test_crops_stay_inside_and_cover_the_range() -> None:
+    settings = Data(train="-", val="-", crop_scale=(0.25, 1.0))
+    for width, height in ((8, 8), (500, 375), (3, 400), (1, 1)):
+        areas = []
+        for seed in range(300):
+            box = transforms.training_crop(settings, np.random.default_rng(seed))(width, height)
+            left, top, right, bottom = box
+            assert 0 <= left < right <= width + 1e-9
+            assert 0 <= top < bottom <= height + 1e-9
+            assert 0.74 < (right - left) / (bottom - top) < 1.34
+            areas.append((right - left) * (bottom - top) / width / height)
+        if width > 3:
+            assert min(areas) < 0.3
+            assert max(areas) > 0.9
+
+
+def test_evaluation_crop_is_central() -> None:
+    left, top, right, bottom = transforms.evaluation_crop(SETTINGS, 224)(512, 256)
+    assert (left, top, right, bottom) == (144, 16, 368, 240)
+
+
+def test_normalise() -> None:
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    out = transforms.normalise(images, (0.5, 0.5, 0.1), (0.5, 0.25, 0.1))
+    assert torch.allclose(out[0, :, 0, 0], torch.tensor([-1.0, 2.0, 1.0]))
+    assert out.is_contiguous()
+    assert transforms.normalise(images, (0.5,) * 3, (0.5,) * 3, torch.bfloat16).dtype == torch.bfloat16

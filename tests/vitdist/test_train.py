@@ -1,0 +1,145 @@
+"""Whole runs of the trainer over gloo: to the end, stopped and resumed, refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests import ranks, workers
+from vitdist import rundir
+from vitdist.rundir import RunDir
+
+pytestmark = pytest.mark.processes
+
+
+def train(tmp_path: Path, world: int, *arguments: str, stop_at: int | None = None) -> tuple[set[int], str]:
+    """Exit codes of all ranks, and what they wrote."""
+    output = tmp_path / "output"
+    codes = ranks.run(workers.train, world, list(arguments), str(tmp_path), str(output), stop_at)
+    return set(codes), "".join((tmp_path / f"output.{rank}").read_text() for rank in range(world))
+
+
+def weights(run: RunDir) -> dict[str, torch.Tensor]:
+    return load_file(run.model / "model.safetensors")
+
+
+def test_a_run_leaves_everything_that_the_folder_promises(tmp_path: Path, recipe: Path) -> None:
+    codes, text = train(tmp_path, 2, str(recipe), "--name", "whole", "optim.lr=1e-3", "tracking.wandb=offline")
+    assert codes == {0}, text
+    run = RunDir(tmp_path / "runs" / "whole")
+    record = json.loads(run.attempt(0).train.read_text())
+    assert record["state"] == "done"
+    assert record["step"] == record["total_steps"] == 12
+    assert record["world"] == 2
+    assert record["batch"] == {"global_batch": 12, "micro_batch": 6, "accumulation": 1, "world": 2}
+    assert record["summary"]["samples"] == 21
+    assert [g["name"] for g in record["groups"]][:2] == ["00_embeddings", "00_embeddings_no_decay"]
+    rows = rundir.rows(run)
+    assert [row["train/global_step"] for row in rows if "train/loss" in row] == list(range(1, 13))
+    assert [row["train/global_step"] for row in rows if "val/loss" in row] == [5, 10, 12]
+    assert rows[0]["lr/03_head"] == pytest.approx(1e-3)
+    evaluation = json.loads(run.evaluation.read_text())
+    assert np.sum(evaluation["confusion"]) == 21
+    assert evaluation["classes"] == ["blue", "green", "red"]
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step-00000010", "step-00000012"}
+    assert yaml.safe_load(run.config.read_text())["optim"]["lr"] == 1e-3
+    assert json.loads((run.model / "config.json").read_text())["id2label"] == {"0": "blue", "1": "green", "2": "red"}
+    assert len(list(run.wandb.glob("offline-run-*/*.wandb"))) == 1
+    assert run.report.stat().st_size > 10_000
+    for said in ("0.03 M parameters in 8 groups", "60 training and 21 validation samples of 3 classes", "fp32 (auto), ZeRO-2", "top-1"):
+        assert said in text
+    assert "Traceback" not in text
+    # a second start has nothing to do
+    codes, text = train(tmp_path, 1, str(run.path))
+    assert codes == {0}
+    assert "is finished" in text
+
+
+@pytest.mark.parametrize(("world", "zero"), [(2, 2), (1, 0), (2, 3)])
+def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, recipe: Path, world: int, zero: int) -> None:
+    stage = f"engine.zero={zero}"
+    codes, text = train(tmp_path, world, str(recipe), "--name", "straight", stage)
+    assert codes == {0}, text
+    codes, text = train(tmp_path, world, str(recipe), "--name", "stopped", stage, stop_at=7)
+    assert codes == {rundir.EXIT_STOPPED}, text
+    assert "stopped by SIGUSR2 at step 7 of 12, checkpoint saved" in text
+    run = RunDir(tmp_path / "runs" / "stopped")
+    assert rundir.state(run)["state"] == "stopped"
+    assert not run.model.exists()
+    codes, text = train(tmp_path, world, str(recipe), "--name", "stopped", stage)
+    assert codes == {0}, text
+    assert "goes on at step 7 of 12" in text
+    straight = RunDir(tmp_path / "runs" / "straight")
+    expected, found = weights(straight), weights(run)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    losses = [[row["train/loss"] for row in rundir.rows(r) if "train/loss" in row] for r in (straight, run)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 12
+
+
+def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path) -> None:
+    for name, world, more in (("one", 1, []), ("two", 2, ["train.accumulation=3"]), ("three", 3, [])):
+        assert train(tmp_path, world, str(recipe), "--name", name, *more)[0] == {0}
+    found = [[row["train/loss"] for row in rundir.rows(RunDir(tmp_path / "runs" / name))  if "train/loss" in row]
+             for name in ("one", "two", "three")]
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert found[2] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_the_exported_model_classifies_digits_as_the_evaluation_did(tmp_path: Path, digits: Path) -> None:
+    demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    shards = [f"data.train={digits}/shards/train", f"data.val={digits}/shards/val"]
+    codes, text = train(tmp_path, 2, str(demo), *shards, "train.epochs=12", "tracking.wandb=off", "--name", "digits")
+    assert codes == {0}, text
+    from transformers import pipeline
+
+    from vitdist.data.index import Index
+
+    run, index = RunDir(tmp_path / "runs" / "digits"), Index.open(digits / "shards" / "val")
+    classify = pipeline("image-classification", model=str(run.model))
+    table = np.load(run.predictions)
+    paths = [digits / "pictures" / "val" / index.source(i) for i in table["ids"][:60]]
+    found = [answer[0] for answer in classify([str(path) for path in paths])]
+    assert [answer["label"] for answer in found] == [index.classes[p] for p in table["predicted"][:60]]
+    assert [answer["score"] for answer in found] == pytest.approx(table["confidence"][:60].tolist(), abs=2e-3)
+    right = [answer["label"] == path.parent.name for answer, path in zip(found, paths, strict=True)]
+    assert np.mean(right) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["{recipe}", "optim.layer_deacy=0.5"], "did you mean optim.layer_decay?"),
+        (["{recipe}", "train.global_batch=7"], "does not divide over 2 ranks: use 6 or 8"),
+        (["{recipe}", "data.train=empty"], "vitdist pack"),
+        (["{recipe}", "--name", "../x"], "run name '../x'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, recipe: Path, arguments: list[str], reason: str) -> None:
+    codes, text = train(tmp_path, 2, *(argument.format(recipe=recipe) for argument in arguments))
+    assert codes == {rundir.EXIT_REFUSED}
+    assert reason in text
+    assert "Traceback" not in text
+
+
+def test_an_existing_name_with_other_settings_is_refused(tmp_path: Path, recipe: Path) -> None:
+    assert train(tmp_path, 1, str(recipe), "--name", "a", "train.steps=2")[0] == {0}
+    codes, text = train(tmp_path, 1, str(recipe), "--name", "a", "train.steps=3")
+    assert codes == {rundir.EXIT_REFUSED}
+    assert "train.steps: 2 -> 3" in text
+
+
+def test_diverging_ends_with_a_reason(tmp_path: Path, recipe: Path) -> None:
+    codes, text = train(tmp_path, 1, str(recipe), "--name", "nan", "optim.lr=100", "optim.clip=0", "optim.eps=1e-30", "optim.warmup=0", "train.steps=400")
+    assert codes == {rundir.EXIT_DO_NOT_REQUEUE}, text
+    assert "lower optim.lr" in text
+    assert "Traceback" not in text
+    assert all("NaN" not in line and "Infinity" not in line for line in (tmp_path / "runs/nan/metrics.jsonl").read_text().splitlines())
+    record = rundir.state(RunDir(tmp_path / "runs" / "nan"))
+    assert record["state"] == "failed"
+    assert "the run diverged" in record["reason"]

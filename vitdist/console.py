@@ -1,0 +1,110 @@
+"""What a person sees of a run: a bar while it runs, a table at its end. Imports no torch.
+
+    bar = Bar("demo"); bar.update(120, 840, loss=0.53, images_per_s=1234.0, eta_s=80.0, phase="training")
+
+The trainer and the launcher show the same. Where the output is no terminal a plain line comes now and then.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from vitdist.rundir import RunDir
+
+
+class Bar:
+    """Progress of one run on stdout."""
+
+    def __init__(self, name: str, every_s: float = 10.0) -> None:
+        self._name, self._every_s = name, every_s
+        self._line, self._shown, self._next = "", "", 0.0
+        self._rich: Any = None
+        self._task: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._rich = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[figures]}", markup=False),
+                expand=True,
+            )
+            self._task = self._rich.add_task(name, total=None, figures="")
+            self._rich.start()
+
+    def update(
+        self, step: int, total: int, loss: float | None = None, images_per_s: float | None = None,
+        eta_s: float | None = None, phase: str = "",
+    ) -> None:
+        """Show `step` of `total` (0: not known yet) with what figures there are."""
+        figures = _figures(step, total, loss, images_per_s, eta_s, phase)
+        if self._rich:
+            self._rich.update(self._task, completed=step, total=total or None, figures=figures)
+            return
+        self._line = f"{self._name}: {figures}"
+        if time.monotonic() >= self._next:
+            self._write()
+
+    def print(self, text: str) -> None:
+        """A line of text above the bar."""
+        if self._rich:
+            self._rich.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._rich:
+            self._rich.stop()
+        elif self._line != self._shown:
+            self._write()
+
+    def _write(self) -> None:
+        self._next = time.monotonic() + self._every_s
+        self._shown = self._line
+        print(self._line, flush=True)
+
+
+def _figures(
+    step: int, total: int, loss: float | None, images_per_s: float | None, eta_s: float | None, phase: str
+) -> str:
+    parts = [f"{step}/{total}"] if total else []
+    if loss is not None:
+        parts.append(f"loss {loss:.4f}")
+    if images_per_s is not None:
+        parts.append(f"{images_per_s:,.0f} images/s")
+    if eta_s is not None:
+        parts.append(f"ETA {duration(eta_s)}")
+    return "  ".join([*parts, phase] if phase else parts)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, and days where there are any."""
+    return str(timedelta(seconds=max(0, round(seconds))))
+
+
+def final_table(run: RunDir, summary: Mapping[str, Any]) -> None:
+    """The result in one table, and where model, report and W&B rows are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("top-1", "macro-F1", "images/s", "time")
+    table.add_row(
+        _shown(summary, "top1", lambda share: f"{100 * share:.2f} %"),
+        _shown(summary, "macro_f1", lambda score: f"{score:.3f}"),
+        _shown(summary, "images_per_s", lambda rate: f"{rate:,.0f}"),
+        _shown(summary, "seconds", duration),
+    )
+    Console().print(table)
+    places = {"model": run.model, "report": run.report}
+    lines = [f"{name:<8}{path}" for name, path in places.items() if path.exists()]
+    if any(run.wandb.glob("offline-run-*")):
+        lines.append(f"W&B     vitdist sync {run.path}")
+    print("\n".join(lines), flush=True)
+
+
+def _shown(summary: Mapping[str, Any], name: str, words: Any) -> str:
+    value = summary.get(name)
+    return "-" if value is None else words(value)

@@ -1,0 +1,1 @@
+"""Indexed WebDataset shards: pack, index, order (pure), reader, transforms, loader. Imports nothing."""
