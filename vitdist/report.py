@@ -1,4 +1,4 @@
-"""The run as one page, runs/NAME/report.html: how good, what ran, curves, classes, mistakes, starts, commands.
+"""The run as one page, runs/NAME/report.html: verdict, what ran, curves, classes, mistakes, starts, commands.
 
     vitdist report runs/NAME
 
@@ -65,7 +65,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run folder says; `record` is the newest trainer's, {"state": "submitted"} before there is one."""
+    """What a run folder says; `record` is the newest that a trainer wrote (see rundir.state)."""
 
     run: RunDir
     settings: Record
@@ -100,7 +100,7 @@ class Facts:
 
 
 def write(run: RunDir) -> Path:
-    """Make the report of `run`, whatever its state; returns its path. Raises ValueError for unreadable records."""
+    """Make the report of `run`, whatever its state; returns its path. Raises ValueError for bad records."""
     rundir.publish(run.report, page(read(run)))
     return run.report
 
@@ -142,7 +142,7 @@ def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None)
 
 
 def _reached(run: RunDir) -> dict[int, tuple[int, float | None]]:
-    """Attempt -> (last step, time of the last row) of all rows ever written: a killed trainer says no more."""
+    """Attempt -> (step, time) of its last row, later undone or not: a killed trainer says no more."""
     found: dict[int, tuple[int, float | None]] = {}
     for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else ():
         try:
@@ -165,7 +165,7 @@ def thin(points: Sequence[tuple[int, float]], limit: int) -> Points:
 
 
 def differing(settings: Record) -> list[tuple[str, Any, Any]]:
-    """(dotted name, value, default) of settings that are not the default; "required" for one without default."""
+    """(dotted name, value, default) of settings that are not the default; "required" where there is none."""
     rows = []
     for name, _, default, _ in config.flat(Config):
         value: Any = settings
@@ -191,7 +191,8 @@ def class_counts(facts: Facts, kind: str) -> dict[str, int]:
     try:
         shards = Index.open(facts.settings["data"][kind])
     except (OSError, ValueError, KeyError):
-        return {c["name"]: c["support"] for c in facts.evaluation.get("per_class", ())} if kind == "val" else {}
+        scores = facts.evaluation.get("per_class", ()) if kind == "val" else ()
+        return {c["name"]: c["support"] for c in scores}
     return dict(zip(shards.classes, shards.counts, strict=True))
 
 
@@ -203,14 +204,15 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     for size, name, rest, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
-            return f"{whole // size} {name}" + (f" {whole % size // rest} {small}" if whole % size // rest else "")
+            more = whole % size // rest
+            return f"{whole // size} {name}" + (f" {more} {small}" if more else "")
     return f"{whole} s"
 
 
 def figure(value: Any) -> str:
     """A number with the digits that matter; other things as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else str(value)
+        return "none" if value is None else str(value)
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -235,17 +237,18 @@ def verdict(facts: Facts) -> tuple[str, str]:
         case "done":
             took = f" in {duration(facts.seconds)}" if facts.seconds else ""
             starts = f" and {len(facts.starts)} starts" if len(facts.starts) > 1 else ""
-            return "finished", f"Trained to the end, {step:,} steps{took}{starts}" + (f": {good}." if good else ".")
+            return "finished", f"Trained to the end, {step:,} steps{took}{starts}{': ' if good else ''}{good}."
         case "failed":
             rank = f" on rank {error['rank']}" if error.get("rank") is not None else ""
-            cause = f"{error['type']}: {error['message']}" if error else record.get("reason") or "no cause is recorded"
+            cause = record.get("reason") or "No cause is recorded"
+            cause = f"{error['type']}: {error['message']}" if error else cause
             word, text = "failed", f"Failed at {place}{rank}. {cause.rstrip('.')}."
         case "stopped":
             word, reason = "stopped", record.get("reason") or "a request"
             text = f"Stopped at {place} by {reason}; it can go on from its last checkpoint."
         case "running":
-            left = facts.series("perf/eta_s")
-            word, text = "running", f"At {place}" + (f", about {duration(left[-1][1])} left." if left else ".")
+            left = [f", about {duration(eta)} left" for _, eta in facts.series("perf/eta_s")[-1:]]
+            word, text = "running", f"At {place}{''.join(left)}."
         case _:
             return "submitted", "Nothing has been trained yet."
     return word, text + (f" At the newest evaluation {good}." if good else "")
@@ -296,8 +299,8 @@ def table(head: Sequence[str], body: Sequence[Sequence[Any]], caption: str, kind
     """A table whose first cell in a row names the row; nothing without rows."""
     heads = join(html('<th scope="col">{}</th>', title) for title in head)
     lines = join(
-        html('<tr><th scope="row">{}</th>{}</tr>', row[0], join(html("<td>{}</td>", cell) for cell in row[1:]))
-        for row in body
+        html('<tr><th scope="row">{}</th>{}</tr>', name, join(html("<td>{}</td>", cell) for cell in cells))
+        for name, *cells in body
     )
     opening = html('<table class="{}"><caption>{}</caption><thead><tr>{}</tr></thead>', kind, caption, heads)
     return wrap(opening + Markup("<tbody>{}</tbody></table>"), lines)
@@ -364,7 +367,7 @@ def page(facts: Facts) -> str:
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
     sections = (head, what_ran, curves, rates, optimizer, speed, classes, mistakes, starts, commands)
     return html(
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name} – vitdist report</title>\n'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: vitdist report</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         "<style>\n{css}</style></head>\n<body><main>\n{body}\n</main>\n{scripts}</body></html>\n",
@@ -404,21 +407,23 @@ def what_ran(facts: Facts) -> Markup:
     """Model, data, batch, engine, code, and the settings that differ from the defaults."""
     record, env, model, batch = facts.record, facts.env, facts.about("model"), facts.about("batch")
     sets = {kind: facts.about("data").get(kind) or {} for kind in ("train", "val")}
-    sizes = {k: f"{s['samples']:,} samples, digest {s.get('digest', '–')[:12]}" for k, s in sets.items() if s}
+    sizes = {k: f"{s['samples']:,} samples, digest {s['digest'][:12]}" for k, s in sets.items() if s}
     zero = f"ZeRO-{record['zero']}" if record.get("zero") else "every rank holds all"
     versions = env.get("versions") or facts.about("versions")
     code = (env.get("commit") or "")[:12] + (" with uncommitted changes" if env.get("dirty") else "")
     settings = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
+    split = "{global_batch} = {micro_batch} x {accumulation} x {world} ranks"
     title = "Settings that are not the default"
+    columns = ("setting", "value", "default")
     known = [
         ("model", model.get("name")),
         ("weights", model.get("weights")),
         ("parameters", f"{model['parameters']:,}, of which {model['trainable']:,} trained" if model else ""),
         ("training set", sizes.get("train")),
         ("validation set", sizes.get("val")),
-        ("batch", "{global_batch} = {micro_batch} × {accumulation} × {world} ranks".format(**batch) if batch else ""),
+        ("batch", split.format(**batch) if batch else ""),
         ("engine", f"{record['precision']}, {zero}" if "precision" in record else ""),
-        ("ran on", f"{record['world']} × {record.get('device', 'rank')}" if "world" in record else ""),
+        ("ran on", f"{record['world']} x {record.get('device', 'rank')}" if "world" in record else ""),
         ("host", env.get("host")),
         ("code", code),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
@@ -426,7 +431,7 @@ def what_ran(facts: Facts) -> Markup:
     return section(
         "What ran",
         pair(
-            wrap("<div>{}</div>", listing(known), table(("setting", "value", "default"), settings, title, "settings")),
+            wrap("<div>{}</div>", listing(known), table(columns, settings, title, "settings")),
             wrap("<div>{}</div>", balance(class_counts(facts, "train"))),
         ),
     )
@@ -449,36 +454,36 @@ def balance(counts: dict[str, int]) -> Markup:
 
 def curves(facts: Facts) -> Markup:
     """Losses and validation quality over the run."""
-    best = max(((v, -s) for s, v in facts.series("val/top1")), default=(0.0, 0))
+    top1, best = max(((v, -s) for s, v in facts.series("val/top1")), default=(0.0, 0))
     dashed = " Dashed: a restart from a checkpoint." if len(facts.starts) > 1 else ""
     loss = {"training": "train/loss", "validation": "val/loss"}
     quality = {"top-1": "val/top1", "macro-F1": "val/macro_f1"}
     figures = pair(
         chart(facts, "Loss", f"Smoothed labels and augmentation raise that of training.{dashed}", loss),
-        chart(facts, "Quality", f"Best top-1 {percent(best[0])}, at step {-best[1]:,}.", quality, format="~%"),
+        chart(facts, "Quality", f"Best top-1 {percent(top1)}, at step {-best:,}.", quality, format="~%"),
     )
-    hint = "Point at a curve for its numbers; Ctrl and the wheel, or a pinch, zoom; a double click shows all again."
+    hint = "Point at a curve for its numbers; zoom with Ctrl and the wheel, back with a double click."
     return section("Learning curves", figures, note(hint if figures else ""))
 
 
 def rates(facts: Facts) -> Markup:
     """Learning rate of each layer group, as a fan, and the table of groups."""
     keys = sorted({key for row in facts.rows for key in row if key.startswith("lr/")}, reverse=True)
-    peaks = {key.removeprefix("lr/"): max(v for _, v in facts.series(key)) for key in keys if facts.series(key)}
-    text, scale, names = "", Markup(), list(peaks)
-    if names:
-        top, low = names[0], names[-1]
-        text = f"At the peak from {peaks[top]:.2g} ({top}) down to {peaks[low]:.2g} ({low}); logarithmic axis."
-        scale = html('<p class="fan">{}<i aria-hidden="true"></i>{}</p>', top, low) if len(names) > 1 else scale
+    peaks = {key[3:]: max(v for _, v in facts.series(key)) for key in keys if facts.series(key)}
+    text, scale = "", Markup()
+    if len(peaks) > 1:
+        (top, high), *_, (bottom, low) = peaks.items()
+        text = f"At the peak from {high:.2g} ({top}) down to {low:.2g} ({bottom}); logarithmic axis."
+        scale = html('<p class="fan">{}<i aria-hidden="true"></i>{}</p>', top, bottom)
     columns = ("name", "lr_scale", "weight_decay", "tensors", "parameters")
     groups = [[figure(group.get(column)) for column in columns] for group in facts.record.get("groups") or ()]
-    fan = {name: f"lr/{name}" for name in names}
+    fan = {name: f"lr/{name}" for name in peaks}
     return section(
         "Learning rate of each layer",
         chart(facts, "One line a layer", text, fan, format="~e", log=True, fan=True), scale,
         folded(
             f"{len(groups)} parameter groups",
-            table(("group", "rate ×", "weight decay", "tensors", "parameters"), groups, "Parameter groups"),
+            table(("group", "rate x", "weight decay", "tensors", "parameters"), groups, "Parameter groups"),
         ),
     )
 
@@ -491,11 +496,11 @@ def optimizer(facts: Facts) -> Markup:
     figures, text = [chart(facts, "Gradient norm", about, {"gradient norm": "optim/grad_norm"}, log=True)], ""
     if facts.record.get("precision") == "fp16" and skipped and scale:
         text = f"{skipped[-1][1]:.0f} of {skipped[-1][0]:,} updates were skipped for an overflow."
-        about, curve = "Halved at an overflow, doubled after a quiet while.", {"loss scale": "optim/loss_scale"}
-        figures.append(chart(facts, "Loss scale", about, curve, format=".2s", log=True, stairs=True))
+        about, keys = "Halved at overflows, then doubled again.", {"loss scale": "optim/loss_scale"}
+        figures.append(chart(facts, "Loss scale", about, keys, format=".2s", log=True, stairs=True))
     if skipped and skipped[-1][1]:
-        curve = {"skipped": "optim/skipped_steps"}
-        figures.append(chart(facts, "Skipped updates", "Counted from the first.", curve, zero=True, stairs=True))
+        about, keys = "Counted from the first.", {"skipped": "optim/skipped_steps"}
+        figures.append(chart(facts, "Skipped updates", about, keys, zero=True, stairs=True))
     return section("Optimizer", note(text), pair(*figures))
 
 
@@ -505,14 +510,15 @@ def speed(facts: Facts) -> Markup:
         "images/s": "perf/images_per_s", "% of the time waiting for data": "perf/data_wait_pct",
         "% of the FLOPs that the GPU can do": "perf/mfu_pct", "GiB of GPU memory": "perf/memory_gib",
     }
-    medians = ", ".join(f"{figure(facts.middle(key))} {name}" for name, key in names.items() if facts.series(key))
+    found = [(facts.middle(key), name) for name, key in names.items()]
+    medians = ", ".join(f"{figure(value)} {name}" for value, name in found if value is not None)
     fast, wait = {"images/s": "perf/images_per_s"}, {"data wait": "perf/data_wait_pct"}
     about = "Percent of the time in which training stood still for data."
     return section(
         "Speed",
         note(f"Medians over the run: {medians}." if medians else ""),
         pair(
-            chart(facts, "Images per second", "All ranks together, training alone.", fast, format=",~f", zero=True),
+            chart(facts, "Images per second", "Of all ranks, training alone.", fast, format=",~f", zero=True),
             chart(facts, "Waiting for data", about, wait, zero=True),
         ),
     )
@@ -529,9 +535,10 @@ def classes(facts: Facts) -> Markup:
          bar(c["recall"], percent(c["recall"])), f"{c['f1']:.3f}")
         for c in sorted(found["per_class"], key=lambda c: c["f1"])
     ]
-    columns, few = ("class", "samples", "precision", "recall", "F1"), LISTED if len(rows) > MATRIX else len(rows)
+    columns = ("class", "samples", "precision", "recall", "F1")
+    few = LISTED if len(rows) > MATRIX else len(rows)
     rest = f"The other {len(rows) - few:,} classes"
-    title = "Every class, the hardest first" if few == len(rows) else f"The {few} hardest of {len(rows):,} classes"
+    title = f"The {few} hardest of {len(rows):,} classes" if few < len(rows) else "Every class, the hardest first"
     pairs = [
         (html("{} <i>taken for</i> {}", names[i], names[j]), f"{n:,}", percent(share))
         for i, j, n, share in confused(confusion)
@@ -561,11 +568,10 @@ def matrix(names: list[str], confusion: np.ndarray) -> Markup:
         pixels[np.eye(len(share), dtype=bool), :3] = (0, 114, 178)
         pixels[..., 3] = np.round(255 * np.sqrt(share))
         key += f" {len(names):,} classes in their order; blue right, orange wrong."
-        key += f" A square is the strongest of {side} × {side} pairs." if side > 1 else ""
+        key += f" A square is the strongest of {side} x {side} pairs." if side > 1 else ""
         return html(
-            '<figure class="matrix"><figcaption>{}</figcaption><img src="{}" alt="Confusion matrix of {:,} classes; '
-            'the table next to it names the mistakes made most often."></figure>',
-            key, data_uri(Image.fromarray(pixels)), len(names),
+            '<figure class="matrix"><figcaption>{}</figcaption><img src="{}" alt="Confusion matrix; the table '
+            'next to it names the mistakes made most often."></figure>', key, data_uri(Image.fromarray(pixels)),
         )
     heads = join(html('<th scope="col" title="{0}"><span>{0}</span></th>', name) for name in names)
     lines = join(

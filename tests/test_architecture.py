@@ -1,0 +1,122 @@
+"""The floor plan of docs/architecture.md, held: who may import whom, what stays free of torch, who reads the environment."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("vitdist/**/*.py")])
+# One file for each big library (two where a second job needs it); everything else goes through that file.
+OWNERS = {
+    "deepspeed": {"vitdist/engine.py"},
+    "transformers": {"vitdist/model.py", "vitdist/export.py"},
+    "wandb": {"vitdist/tracking.py"},
+    "webdataset": {"vitdist/data/pack.py", "vitdist/data/reader.py"},
+    "submitit": {"launch/submit.py", "launch/cluster.py", "launch/job.py"},
+    "altair": {"vitdist/report.py"},
+}
+ENVIRONMENT = {"launch/submit.py", "launch/job.py", "vitdist/cli.py", "vitdist/dist.py", "vitdist/train.py"}
+TORCH_FREE = [
+    "launch.submit", "launch.job", "vitdist.config", "vitdist.rundir", "vitdist.stop", "vitdist.console", "vitdist.cli",
+    "vitdist.report", "vitdist.data.index", "vitdist.data.order",
+]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module(path: Path) -> str:
+    return name(path)[: -len(".py")].replace("/", ".").removesuffix(".__init__")
+
+
+def imports(path: Path, typing_too: bool = True) -> set[str]:
+    """Modules that a file imports anywhere in it; those for type checkers alone can be left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    left_out: set[ast.AST] = set()
+    if not typing_too:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                left_out |= set(ast.walk(node))
+    found = set()
+    for node in ast.walk(tree):
+        if node in left_out:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_big_libraries_have_one_room(path: Path) -> None:
+    tops = {found.split(".")[0] for found in imports(path)}
+    for library, owners in OWNERS.items():
+        assert library not in tops or name(path) in owners, f"{library} belongs in {owners}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_halves_meet_at_the_run_folder(path: Path) -> None:
+    found = imports(path)
+    if name(path).startswith("vitdist/"):
+        assert not any(m.split(".")[0] == "launch" for m in found)
+    else:
+        ours = {m for m in found if m.startswith("vitdist.")}
+        allowed = ("vitdist.config", "vitdist.rundir", "vitdist.console", "vitdist.data.index")
+        assert all(m.startswith(allowed) for m in ours), ours
+        assert not any(m.split(".")[0] == "torch" for m in found)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_few_files_read_the_environment(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert name(path) in ENVIRONMENT or not any(word in text for word in ("os.environ", "os.getenv", "sys.argv")), "pass it in instead"
+
+
+@pytest.mark.parametrize("start", TORCH_FREE)
+def test_login_node_rooms_load_no_torch(start: str) -> None:
+    code = f"import {start}, sys; print([m for m in ('torch', 'deepspeed', 'transformers', 'webdataset', 'wandb') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_room_imports_in_a_circle() -> None:
+    ours = {module(path): {m for m in imports(path, typing_too=False)} for path in FILES}
+    arrows = {m: {n for n in found if n in ours and n != m} for m, found in ours.items()}
+    while True:
+        grounded = {m for m, to in arrows.items() if not to}
+        if not grounded:
+            break
+        arrows = {m: to - grounded for m, to in arrows.items() if m not in grounded}
+    assert not arrows, f"circle among {sorted(arrows)}"
+
+
+def test_only_the_trainer_knows_the_rooms() -> None:
+    """Hub and spokes: a room of vitdist/ imports the ground floor, its own folder, and few others by name."""
+    ground = {"vitdist", "vitdist.config", "vitdist.rundir", "vitdist.stop", "vitdist.console", "vitdist.dist"}
+    lawful = {
+        "vitdist.report": {"vitdist.data", "vitdist.data.index"},  # thumbnails of the worst mistakes
+        "vitdist.cli": {"vitdist.data", "vitdist.data.index", "vitdist.data.pack", "vitdist.report"},
+    }
+    ours = {module(path) for path in FILES}
+    for path in FILES:
+        mine = module(path)
+        if not mine.startswith("vitdist.") or mine == "vitdist.train":
+            continue
+        rooms = {m for m in imports(path, typing_too=False) if m in ours} - ground - lawful.get(mine, set())
+        if mine.startswith("vitdist.data."):
+            rooms = {m for m in rooms if not m.startswith("vitdist.data")}
+        assert not rooms, f"{mine} reaches into {sorted(rooms)}"
+
+
+def test_no_drawers_for_everything() -> None:
+    assert not [name(path) for path in FILES if path.stem in ("utils", "util", "common", "helpers", "misc")]
+
+
+def test_every_file_says_what_it_is() -> None:
+    silent = [name(path) for path in FILES if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent

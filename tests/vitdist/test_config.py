@@ -1,0 +1,117 @@
+"""Settings: shipped files, refusals that help, batches that multiply up."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitdist import config
+from vitdist.config import Config, SettingsError, Train
+
+ROOT = Path(__file__).parents[2]
+MINIMAL: dict[str, Any] = {
+    "data": {"train": "a", "val": "b"}, "model": {"scratch": {}}, "train": {"global_batch": 32, "epochs": 1},
+}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_read_and_say_what_they_cost(path: Path) -> None:
+    settings = config.load(path)
+    assert config.parse(Config, config.read_yaml(path), path) == settings
+    head = path.read_text().split("\n\n", 1)[0] + path.read_text()[:1500]
+    for word in ("Cost:", "Expected:", "python launch/submit.py"):
+        assert word in head
+
+
+def test_every_setting_is_explained_or_plain() -> None:
+    plain = {"patch_size", "depth", "heads", "width", "mlp_ratio", "betas", "eps", "label_smoothing"}
+    for name, words, _, text in config.flat(Config):
+        assert text or name.split(".")[-1] in plain, name
+        assert words
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["optim.layer_deacy=0.5"], "optim.layer_deacy: unknown setting; did you mean optim.layer_decay?"),
+        (["lr=1"], "lr: unknown setting; did you mean optim.lr?"),
+        (["optim.lr=fast"], "optim.lr: input should be a valid number, not 'fast'"),
+        (["optim.lr=true"], "optim.lr: input should be a valid number, not True"),
+        (["train.global_batch=3.5"], "train.global_batch: input should be a valid integer"),
+        (["optim.lr=-1"], "optim.lr: input should be greater than 0, not -1"),
+        (["engine.zero=4"], "engine.zero: input should be 0, 1, 2 or 3, not 4"),
+        (["data.crop_scale=[1, 0.5]"], "data: crop_scale must be two rising numbers"),
+        (["train.steps=3"], "train: give exactly one of train.epochs and train.steps"),
+        (["model.pretrained=x"], "model: give exactly one of model.pretrained and model.scratch"),
+        (["model.scratch.heads=5"], "model.scratch: width 192 is not a multiple of heads 5"),
+        (["optim.lr"], "an override is written section.name=value"),
+        (["optim.lr=[1"], "is not a YAML value"),
+        (["data=3"], "data: input should be"),
+    ],
+)
+def test_refusals_name_the_setting_and_the_way_out(overrides: list[str], reason: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        config.parse(Config, config.override(MINIMAL, overrides), "x.yaml")
+    assert reason in str(caught.value)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        config.parse(Config, config.override(MINIMAL, ["optim.lr=0", "optim.eps=0", "data.flop=1"]), "x.yaml")
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_yaml_means_what_it_looks_like(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: 3e-4\nb: off\nc: 1_000\nd: true\ne: '3e-4'\nf: -2E5\ng: 2.5e+3\n")
+    assert config.read_yaml(path) == {"a": 3e-4, "b": "off", "c": 1000, "d": True, "e": "3e-4", "f": -2e5, "g": 2500.0}
+
+
+@pytest.mark.parametrize(("text", "reason"), [("[1, 2]", "must hold settings"), ("a: [", "not valid YAML"), ("\xff\xfe", "cannot be read")])
+def test_files_that_are_no_settings(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(SettingsError, match=reason):
+        config.read_yaml(path)
+
+
+def test_a_missing_file_names_the_likely_one() -> None:
+    with pytest.raises(SettingsError, match=r"did you mean .*demo\.yaml"):
+        config.read_yaml(ROOT / "configs" / "demmo.yaml")
+
+
+def test_settings_survive_being_written(tmp_path: Path) -> None:
+    settings = config.parse(Config, config.override(MINIMAL, ["optim.lr=3e-4", "data.mean=[0.1, 0.2, 0.3]"]), "x")
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(settings))
+    assert config.load(path) == settings
+    changed = config.parse(Config, config.override(MINIMAL, ["optim.lr=1e-3", "model.scratch.depth=3"]), "x")
+    assert config.difference(settings, changed) == [
+        "data.mean: [0.1, 0.2, 0.3] -> [0.5, 0.5, 0.5]", "model.scratch.depth: 12 -> 3", "optim.lr: 0.0003 -> 0.001",
+    ]
+
+
+@given(
+    st.integers(1, 64), st.one_of(st.none(), st.integers(1, 512)), st.one_of(st.none(), st.integers(1, 64)), st.one_of(st.none(), st.integers(1, 8))
+)
+def test_batches_multiply_up_or_are_refused(world: int, total: int | None, micro: int | None, accumulation: int | None) -> None:
+    if total is None and micro is None:
+        return
+    train = Train(global_batch=total, micro_batch=micro, accumulation=accumulation, steps=1)
+    try:
+        batch = config.split_batch(train, world)
+    except SettingsError as error:
+        assert "train.global_batch" in str(error)
+        return
+    assert batch.global_batch == batch.micro_batch * batch.accumulation * world
+    assert total is None or batch.global_batch == total
+    assert accumulation is None or batch.accumulation == accumulation
+    assert micro is None or batch.micro_batch <= micro
+
+
+def test_steps_of_a_run() -> None:
+    train = Train(global_batch=32, epochs=2.5)
+    assert config.total_steps(train, config.split_batch(train, 4), 1000) == 78
+    assert config.total_steps(Train(global_batch=32, steps=7), config.split_batch(train, 4), 1000) == 7
