@@ -26,14 +26,29 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Not in the images of PyTorch that clusters offer; deepspeed is pure Python with DS_BUILD_OPS=0.
-LACKING = ["deepspeed", "webdataset", "braceexpand", "hjson", "py-cpuinfo", "msgpack", "ninja", "einops", "submitit", "cloudpickle"]
+LACKING = [
+    "deepspeed",
+    "webdataset",
+    "braceexpand",
+    "hjson",
+    "py-cpuinfo",
+    "msgpack",
+    "ninja",
+    "einops",
+    "submitit",
+    "cloudpickle",
+]
 CEILING_TFLOPS = 790.0
 
 
 def fetch_wheels(folder: Path) -> None:
     """Put wheels of LACKING into `folder`."""
     environment = {**os.environ, "DS_BUILD_OPS": "0"}
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, *LACKING], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, *LACKING],
+        env=environment,
+        check=True,
+    )
     print(f"{len(list(folder.glob('*.whl')))} wheels in {folder}")
 
 
@@ -44,7 +59,8 @@ def install_wheels(folder: Path) -> str:
     if not wheels:
         raise SystemExit(f"error: no wheels in {folder}; make them with: python benchmarks/gpu.py wheels {folder}")
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, *wheels], check=True
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, *wheels],
+        check=True,
     )
     return target
 
@@ -53,7 +69,9 @@ def cases(tiny: bool) -> list[dict[str, Any]]:
     """What is measured, the most telling first: a run that is cut short keeps those."""
     if tiny:
         return [{"zero": z, "compile": False, "batch": 4, "source": s} for z in (1, 2) for s in ("memory", "shards")]
-    rows = [{"zero": 1, "compile": c, "batch": b, "source": "memory"} for c in (True, False) for b in (256, 128, 384, 64)]
+    rows = [
+        {"zero": 1, "compile": c, "batch": b, "source": "memory"} for c in (True, False) for b in (256, 128, 384, 64)
+    ]
     rows += [{"zero": 2, "compile": c, "batch": 256, "source": "memory"} for c in (True, False)]
     rows += [{"zero": 1, "compile": True, "batch": 256, "source": "shards"}]
     return rows
@@ -89,14 +107,22 @@ def measure(case: dict[str, Any], shards: Path, tiny: bool, seconds: float) -> d
     from vitdist.data.index import Index
     from vitdist.engine import Engine
 
-    shape = {"patch_size": 8, "width": 32, "depth": 2, "heads": 2} if tiny else {"patch_size": 16, "width": 1024, "depth": 24, "heads": 16}
-    settings = config.parse(config.Config, {
-        "data": {"train": str(shards / "train"), "val": str(shards / "val")},
-        "model": {"image_size": 32 if tiny else 224, "scratch": shape},
-        "train": {"micro_batch": case["batch"], "steps": 10_000},
-        "optim": {"lr": 3e-4, "warmup": 0.001},
-        "engine": {"zero": case["zero"], "compile": case["compile"]},
-    }, "benchmark")
+    shape = (
+        {"patch_size": 8, "width": 32, "depth": 2, "heads": 2}
+        if tiny
+        else {"patch_size": 16, "width": 1024, "depth": 24, "heads": 16}
+    )
+    settings = config.parse(
+        config.Config,
+        {
+            "data": {"train": str(shards / "train"), "val": str(shards / "val")},
+            "model": {"image_size": 32 if tiny else 224, "scratch": shape},
+            "train": {"micro_batch": case["batch"], "steps": 10_000},
+            "optim": {"lr": 3e-4, "warmup": 0.001},
+            "engine": {"zero": case["zero"], "compile": case["compile"]},
+        },
+        "benchmark",
+    )
     with dist.processes() as me:
         batch = config.split_batch(settings.train, me.world)
         net, _ = model.build(settings.model, ["a", "b"], 0)
@@ -141,12 +167,17 @@ def measure(case: dict[str, Any], shards: Path, tiny: bool, seconds: float) -> d
         rate = steps * batch.micro_batch / elapsed
         gpu = me.device.type == "cuda"
         return {
-            **case, "precision": engine.precision, "images_per_s": rate, "steps": steps,
+            **case,
+            "precision": engine.precision,
+            "images_per_s": rate,
+            "steps": steps,
             "mfu_pct": 100 * rate * flops / (CEILING_TFLOPS * 1e12) if gpu else None,
             "data_wait_pct": 100 * waited / elapsed,
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-            "loss_scale": engine.loss_scale, "skipped": engine.skipped,
-            "first_loss": losses[0], "last_loss": losses[-1],
+            "loss_scale": engine.loss_scale,
+            "skipped": engine.skipped,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
         }
 
 
@@ -157,19 +188,32 @@ def check_gpu() -> dict[str, Any]:
     from tests import workers
     from vitdist import dist
 
-    s = workers.settings(**{"engine.precision": "auto", "engine.loss_scale_power": 12, "engine.loss_scale_hysteresis": 1})
+    s = workers.settings(
+        **{"engine.precision": "auto", "engine.loss_scale_power": 12, "engine.loss_scale_hysteresis": 1}
+    )
     with dist.processes() as me:
         engine, batch, _ = workers.build(s, me)
         losses = [workers.update(engine, s, batch, me, spoil=1e6 if step == 2 else 1.0) for step in range(10)]
-        return {"precision": engine.precision, "skipped": engine.skipped, "loss_scale": engine.loss_scale,
-                "first_loss": losses[0], "last_loss": losses[-1], "device": str(me.device), "torch": torch.__version__}
+        return {
+            "precision": engine.precision,
+            "skipped": engine.skipped,
+            "loss_scale": engine.loss_scale,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "device": str(me.device),
+            "torch": torch.__version__,
+        }
 
 
 def child(arguments: list[str], limit: float) -> dict[str, Any]:
     """Run this file again for one case; its result, or the reason that there is none."""
     try:
         done = subprocess.run(
-            [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=limit, cwd=ROOT,
+            [sys.executable, __file__, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            cwd=ROOT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         )
     except subprocess.TimeoutExpired:
@@ -181,7 +225,9 @@ def child(arguments: list[str], limit: float) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'ZeRO':>4} {'mode':>8} {'batch':>5} {'source':>7} {'images/s':>9} {'MFU %':>6} {'GiB':>6} {'wait %':>6} {'scale':>7}  loss")
+    print(
+        "ZeRO     mode batch  source  images/s  MFU %    GiB wait %   scale  loss"
+    )
     for r in rows:
         head = f"{r['zero']:>4} {'compiled' if r['compile'] else 'eager':>8} {r['batch']:>5} {r['source']:>7} "
         if "error" in r:
@@ -189,8 +235,11 @@ def show(rows: list[dict[str, Any]]) -> None:
             continue
         mfu = f"{r['mfu_pct']:.1f}" if r["mfu_pct"] is not None else "-"
         memory = f"{r['memory_gib']:.1f}" if r["memory_gib"] is not None else "-"
-        print(head + f"{r['images_per_s']:>9.1f} {mfu:>6} {memory:>6} {r['data_wait_pct']:>6.1f} {r['loss_scale']:>7.0f}  "
-              f"{r['first_loss']:.3f} -> {r['last_loss']:.3f}")
+        print(
+            head
+            + f"{r['images_per_s']:>9.1f} {mfu:>6} {memory:>6} {r['data_wait_pct']:>6.1f} {r['loss_scale']:>7.0f}  "
+            f"{r['first_loss']:.3f} -> {r['last_loss']:.3f}"
+        )
 
 
 def main() -> int:
@@ -239,9 +288,14 @@ def benchmark(args: argparse.Namespace) -> int:
             rows.append(case | found)
             show(rows[-1:]) if len(rows) == 1 else print(end="", flush=True)
     show(rows)
-    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": "tiny" if args.tiny else "ViT-L/16 at 224 px",
-              "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-              "ceiling_tflops": CEILING_TFLOPS, "check": checked, "rows": rows}
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": "tiny" if args.tiny else "ViT-L/16 at 224 px",
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "ceiling_tflops": CEILING_TFLOPS,
+        "check": checked,
+        "rows": rows,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"gpu-{'tiny-' if args.tiny else ''}{datetime.now(UTC):%Y-%m-%d}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

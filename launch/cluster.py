@@ -203,8 +203,7 @@ def resolve(cluster: Cluster, slurm: Slurm | None) -> tuple[Cluster, list[str]]:
     if cpus == "auto":
         able = [kind for kind in nodes if kind.gpus >= gpus]
         if able:
-            node = min(able, key=lambda kind: (kind.cpus, kind.gpus))
-            cpus = max(1, node.cpus * gpus // node.gpus) if gpus else node.cpus
+            cpus = max(1, min(kind.cpus * gpus // kind.gpus if gpus else kind.cpus for kind in able))
         else:
             cpus = max(1, ASSUMED_CPUS_PER_GPU * gpus)
             notes.append(f"cpus_per_task: not known here, {cpus} assumed; write the number into the profile")

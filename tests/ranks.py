@@ -56,8 +56,15 @@ def run(work: Callable[..., Any], world: int, *args: Any, timeout: float = 240) 
 
 def _child(pipe: Any, rank: int, world: int, port: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", WANDB_MODE="offline",
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        WANDB_MODE="offline",
     )
     try:
         pipe.send((True, work(*args)))

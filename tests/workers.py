@@ -21,7 +21,10 @@ def settings(**changes: Any) -> Config:
     """A tiny ViT of 2 blocks (4 learning rates), global batch 16, clipping that bites."""
     raw: dict[str, Any] = {
         "data": {"train": "none", "val": "none"},
-        "model": {"image_size": 16, "scratch": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2.0}},
+        "model": {
+            "image_size": 16,
+            "scratch": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2.0},
+        },
         "train": {"global_batch": 16, "steps": 20},
         "optim": {"lr": 3e-3, "layer_decay": 0.5, "clip": 0.5, "warmup": 0.2},
         "engine": {"threads": 1},
@@ -45,7 +48,9 @@ def build(s: Config, me: dist.Processes) -> tuple[Engine, config.Batch, checkpoi
     groups = optim.groups(net, layer, depth, s.optim, model.layer_name)
     fingerprint = checkpoint.fingerprint(groups)
     engine = Engine(net, groups, optim.optimizer(groups, s.optim, me.device), s, batch, me)
-    identity = checkpoint.Identity(me.world, s.engine.zero, engine.precision, batch.global_batch, fingerprint, "classes", "data")
+    identity = checkpoint.Identity(
+        me.world, s.engine.zero, engine.precision, batch.global_batch, fingerprint, "classes", "data"
+    )
     return engine, batch, identity
 
 
@@ -118,10 +123,19 @@ def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
         again.set_lr(optim.schedule(again.steps - again.skipped, 20, s.optim))
         after = again.lrs()
         continued = [update(again, s, batch, me) for _ in range(3)]
-        weights = [torch.equal(a, b) for a, b in zip(engine.full_weights().values(), again.full_weights().values(), strict=True)]
+        weights = [
+            torch.equal(a, b)
+            for a, b in zip(engine.full_weights().values(), again.full_weights().values(), strict=True)
+        ]
         return {
-            "resumed": resumed, "before": before, "after": after, "straight": straight, "continued": continued,
-            "equal": all(weights), "decays": again.weight_decays(), "scales": dict(zip(again.names, again.scales, strict=True)),
+            "resumed": resumed,
+            "before": before,
+            "after": after,
+            "straight": straight,
+            "continued": continued,
+            "equal": all(weights),
+            "decays": again.weight_decays(),
+            "scales": dict(zip(again.names, again.scales, strict=True)),
         }
 
 
@@ -153,7 +167,11 @@ def train(arguments: list[str], cwd: str, output: str, stop_at: int | None = Non
             return result
 
         trainer._update = update_then_signal
-    with open(f"{output}.{rank}", "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with (
+        open(f"{output}.{rank}", "w", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
         return trainer.main(arguments)
 
 

@@ -57,10 +57,17 @@ class Identity:
 
 def fingerprint(groups: list[dict[str, Any]]) -> str:
     """Hash of ordered groups: name, scale, weight decay, and the names and shapes of their parameters."""
-    text = json.dumps([
-        [g["name"], g["lr_scale"], g["weight_decay"], [[n, list(p.shape)] for n, p in zip(g["names"], g["params"], strict=True)]]
-        for g in groups
-    ])
+    text = json.dumps(
+        [
+            [
+                g["name"],
+                g["lr_scale"],
+                g["weight_decay"],
+                [[n, list(p.shape)] for n, p in zip(g["names"], g["params"], strict=True)],
+            ]
+            for g in groups
+        ]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -95,12 +102,20 @@ def save(run: RunDir, engine: "Engine", me: Processes, identity: Identity, attem
     engine.save(temporary, _TAG)
     torch.save(_random_state(), temporary / f"rng-{me.rank}.pt")
     me.barrier()
-    names = me.from_first(sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file()) if me.first else None)
+    names = me.from_first(
+        sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file()) if me.first else None
+    )
     mine = {name: _sync_and_hash(temporary / name) for name in names[me.rank :: me.world]}
     files = {name: entry for part in me.gather(mine) for name, entry in part.items()}
     if me.first:
-        manifest = {"step": engine.steps, "skipped": engine.skipped, "attempt": attempt, "saved": rundir.now(),
-                    "identity": asdict(identity), "files": dict(sorted(files.items()))}
+        manifest = {
+            "step": engine.steps,
+            "skipped": engine.skipped,
+            "attempt": attempt,
+            "saved": rundir.now(),
+            "identity": asdict(identity),
+            "files": dict(sorted(files.items())),
+        }
         rundir.publish_json(temporary / "manifest.json", manifest)
         os.rename(temporary, final)
         rundir.sync_folder(run.checkpoints)
@@ -139,7 +154,7 @@ def resume(run: RunDir, engine: "Engine", me: Processes, identity: Identity) -> 
 
 
 def _choose(run: RunDir) -> tuple[int | None, list[str]]:
-    skipped = []
+    skipped: list[str] = []
     for step in steps(run):
         fault = verify(run.checkpoints / name_of(step))
         if fault is None:

@@ -1,9 +1,9 @@
 """The command `vitdist`: what one does with data before a run and with its folder afterwards.
 
-    vitdist pack photos shards            # ImageFolder -> indexed WebDataset tar shards
-    vitdist index shards/train            # index tars that others made
-    vitdist report runs/NAME              # the run as a page
-    vitdist sync runs/NAME                # upload offline W&B rows where there is a network
+vitdist pack photos shards            # ImageFolder -> indexed WebDataset tar shards
+vitdist index shards/train            # index tars that others made
+vitdist report runs/NAME              # the run as a page
+vitdist sync runs/NAME                # upload offline W&B rows where there is a network
 """
 
 import argparse
@@ -37,7 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     pack = commands.add_parser("pack", help="ImageFolder -> indexed WebDataset shards")
     pack.add_argument("source", help="folder of class folders, or one that holds train/ and val/ of these")
     pack.add_argument("out", help="folder for OUT/train and OUT/val")
-    pack.add_argument("--val-fraction", type=float, default=0.0, help="share of each class split off for validation, if there is no val/")
+    pack.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        help="share of each class split off for validation, if there is no val/",
+    )
     pack.add_argument("--shard-megabytes", type=float, default=256.0, help="largest size of a shard (default 256)")
     pack.add_argument("--workers", type=int, help="processes (default: one a core); the bytes do not depend on it")
     pack.set_defaults(run=_pack)
@@ -64,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
 def _pack(args: argparse.Namespace) -> None:
     from vitdist.data.pack import pack
 
-    pack(args.source, args.out, val_fraction=args.val_fraction, shard_bytes=round(args.shard_megabytes * 1e6), workers=args.workers)
+    pack(
+        args.source,
+        args.out,
+        val_fraction=args.val_fraction,
+        shard_bytes=round(args.shard_megabytes * 1e6),
+        workers=args.workers,
+    )
 
 
 def _index(args: argparse.Namespace) -> None:

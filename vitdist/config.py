@@ -41,7 +41,7 @@ class Data(Section):
     val: str
     """Folder of indexed validation shards with the same classes."""
     workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
-    """Loader processes for each rank; 0 loads in the rank itself. auto: 0 on a CPU, else the cores of a rank, at most 8."""
+    """Loader processes for each rank; 0 loads in the rank itself. auto: 0 on a CPU, else its cores, at most 8."""
     crop_scale: Pair = (0.08, 1.0)
     """Share of the picture's area that a random resized crop keeps (Inception's 0.08 to 1)."""
     crop_ratio: Pair = (3 / 4, 4 / 3)
@@ -244,7 +244,8 @@ def split_batch(train: Train, world: int) -> Batch:
         if train.micro_batch * train.accumulation != per_rank:
             raise SettingsError(
                 f"train.global_batch {total} is not micro_batch {train.micro_batch} x accumulation "
-                f"{train.accumulation} x {world} ranks = {train.micro_batch * train.accumulation * world}: leave one of them out"
+                f"{train.accumulation} x {world} ranks = {train.micro_batch * train.accumulation * world}: "
+                "leave one of them out"
             )
         micro, accumulation = train.micro_batch, train.accumulation
     elif train.micro_batch:

@@ -38,8 +38,13 @@ class Evaluation:
     def per_class(self, classes: list[str]) -> list[dict[str, Any]]:
         precision, recall, f1 = class_scores(self.confusion)
         return [
-            {"name": name, "support": int(self.confusion[i].sum()), "precision": float(precision[i]),
-             "recall": float(recall[i]), "f1": float(f1[i])}
+            {
+                "name": name,
+                "support": int(self.confusion[i].sum()),
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+            }
             for i, name in enumerate(classes)
         ]
 
@@ -99,14 +104,19 @@ def evaluate(
         best = logits.topk(min(5, classes), dim=1).indices
         sums[1] += (best == labels[:, None]).any(1).sum()
         confusion += torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
-        seen.append(np.stack([batch.ids[kept].numpy().astype(np.float64), labels.numpy(), predicted.numpy(), confidence.numpy()]))
+        seen.append(
+            np.stack(
+                [batch.ids[kept].numpy().astype(np.float64), labels.numpy(), predicted.numpy(), confidence.numpy()]
+            )
+        )
     confusion, sums = me.sum(confusion), me.sum(sums)
     table = np.concatenate([part for rank in me.gather(seen) for part in rank], axis=1)
     table = table[:, np.argsort(table[0], kind="stable")]
     ids = table[0].astype(np.int64)
     unreadable = int(sums[2])
-    assert len(ids) + unreadable == samples and len(np.unique(ids)) == len(ids), (
-        f"{len(ids)} counted, {len(np.unique(ids))} different, {unreadable} unreadable, of {samples}"
+    counts = (len(ids), len(np.unique(ids)))
+    assert counts == (samples - unreadable,) * 2, (
+        f"{counts} counted and different, {unreadable} unreadable, of {samples}"
     )
     matrix = confusion.numpy()
     return Evaluation(
@@ -121,13 +131,16 @@ def evaluate(
 
 def publish(run: RunDir, step: int, result: Evaluation, classes: list[str]) -> None:
     """Write evaluation.json and predictions.npz of the run."""
-    rundir.publish_json(run.evaluation, {
-        "step": step,
-        "metrics": result.metrics,
-        "classes": classes,
-        "confusion": result.confusion.tolist(),
-        "per_class": result.per_class(classes),
-    })
+    rundir.publish_json(
+        run.evaluation,
+        {
+            "step": step,
+            "metrics": result.metrics,
+            "classes": classes,
+            "confusion": result.confusion.tolist(),
+            "per_class": result.per_class(classes),
+        },
+    )
     table = io.BytesIO()
     np.savez_compressed(
         table, ids=result.ids, labels=result.labels, predicted=result.predicted, confidence=result.confidence

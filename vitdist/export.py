@@ -54,4 +54,3 @@ def _processor(settings: Config):
         image_std=list(settings.data.std),
         do_convert_rgb=True,
     )
-

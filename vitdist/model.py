@@ -26,8 +26,11 @@ class Weights:
     def __str__(self) -> str:
         if self.source == "scratch":
             return "random weights"
-        parts = [f"{name} {', '.join(names)}" for name, names in
-                 (("new:", self.missing), ("left out:", self.ignored), ("resized:", self.resized)) if names]
+        parts = [
+            f"{name} {', '.join(names)}"
+            for name, names in (("new:", self.missing), ("left out:", self.ignored), ("resized:", self.resized))
+            if names
+        ]
         return f"weights of {self.source}" + (f" ({'; '.join(parts)})" if parts else "")
 
 
@@ -114,7 +117,9 @@ def layers(net: nn.Module) -> tuple[dict[str, int], int]:
     blocks = next((m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
     embeddings = getattr(base, "embeddings", None)
     if base is net or blocks is None or embeddings is None:
-        raise ValueError(f"{type(net).__name__}: not a ViT with embeddings, blocks and a head; its layers have no order")
+        raise ValueError(
+            f"{type(net).__name__}: not a ViT with embeddings, blocks and a head; its layers have no order"
+        )
     depth = len(blocks)
     rules: list[tuple[nn.Module, int]] = [(embeddings, 0)]
     rules += [(block, 1 + i) for i, block in enumerate(blocks)]

@@ -39,14 +39,16 @@ def groups(
     made = []
     for (number, bare), pairs in sorted(members.items()):
         scale = settings.layer_decay ** (depth + 1 - number)
-        made.append({
-            "name": name_of(number, depth) + ("_no_decay" if bare else ""),
-            "params": [p for _, p in pairs],
-            "names": [n for n, _ in pairs],
-            "lr_scale": scale,
-            "lr": settings.lr * scale,
-            "weight_decay": 0.0 if bare else settings.weight_decay,
-        })
+        made.append(
+            {
+                "name": name_of(number, depth) + ("_no_decay" if bare else ""),
+                "params": [p for _, p in pairs],
+                "names": [n for n, _ in pairs],
+                "lr_scale": scale,
+                "lr": settings.lr * scale,
+                "weight_decay": 0.0 if bare else settings.weight_decay,
+            }
+        )
     return made
 
 

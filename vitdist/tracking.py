@@ -39,13 +39,20 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._first:
             if isinstance(error, Exception):
                 self.record(
                     state="refused" if isinstance(error, ValueError) else "failed",
                     reason=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                    error={"type": type(error).__name__, "message": str(error), "rank": 0, "step": self._record["step"]},
+                    error={
+                        "type": type(error).__name__,
+                        "message": str(error),
+                        "rank": 0,
+                        "step": self._record["step"],
+                    },
                     ended=rundir.now(),
                 )
             self._bar.close()
@@ -75,8 +82,12 @@ class Journal:
         if self._first:
             last = self._last
             self._bar.update(
-                step, self._record["total_steps"] or 0, loss=last.get("train/loss"), images_per_s=last.get("perf/images_per_s"),
-                eta_s=last.get("perf/eta_s"), phase=phase,
+                step,
+                self._record["total_steps"] or 0,
+                loss=last.get("train/loss"),
+                images_per_s=last.get("perf/images_per_s"),
+                eta_s=last.get("perf/eta_s"),
+                phase=phase,
             )
 
     def say(self, text: str) -> None:
@@ -95,11 +106,11 @@ class Journal:
     def _init_wandb(self, settings: config.Tracking, about: dict[str, Any]) -> None:
         import wandb
 
-        mode = settings.wandb
-        if mode == "auto":
-            mode = "online" if _has_key(wandb.setup().settings) else "offline"
-            if mode == "offline":
-                self.say("W&B: no API key found, so it is kept offline; `wandb login`, then the command at the end, uploads it")
+        online = settings.wandb == "online" or (settings.wandb == "auto" and _has_key(wandb.setup().settings))
+        if settings.wandb == "auto" and not online:
+            self.say(
+                f"W&B is kept offline, as there is no API key: `wandb login`, then `vitdist sync {self._run.path}`"
+            )
         id_file = self._run.wandb / "run-id"
         if not id_file.exists():
             rundir.publish(id_file, secrets.token_hex(4))
@@ -109,13 +120,18 @@ class Journal:
             id=id_file.read_text(),
             name=self._run.name,
             dir=self._run.path,
-            mode=mode,
+            mode="online" if online else "offline",
             resume="allow",
             config=about,
             # Defaults wait 90 s for a server and for ever at the end, and lose 15 s of rows to a SIGKILL.
             # Remotes of git and captured output may hold secrets.
             settings=wandb.Settings(
-                init_timeout=30, finish_timeout=60, x_transaction_log_flush_interval=1, console="off", disable_git=True, silent=True,
+                init_timeout=30,
+                finish_timeout=60,
+                x_transaction_log_flush_interval=1,
+                console="off",
+                disable_git=True,
+                silent=True,
             ),
         )
         # W&B's own step is shifted when offline parts are joined; ours is the axis.
@@ -134,7 +150,9 @@ class Journal:
             call()
         except Exception as error:  # whatever a tracker raises, training goes on: see the head of this file
             self._wandb = None
-            self.say(f"W&B failed and is left out from here on ({type(error).__name__}: {error}); metrics.jsonl goes on")
+            self.say(
+                f"W&B failed and is left out from here on ({type(error).__name__}: {error}); metrics.jsonl goes on"
+            )
 
 
 def _has_key(settings: Any) -> bool:

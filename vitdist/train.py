@@ -1,8 +1,8 @@
 """Fine-tune a ViT, one process a GPU (or a CPU worker): the whole run, from data to report, in order.
 
-    torchrun --nproc-per-node 2 -m vitdist.train configs/demo.yaml optim.lr=1e-3
-    python -m vitdist.train configs/demo.yaml              # one process, also under a debugger
-    torchrun ... -m vitdist.train runs/NAME --attempt 0    # what the launcher starts on every node
+torchrun --nproc-per-node 2 -m vitdist.train configs/demo.yaml optim.lr=1e-3
+python -m vitdist.train configs/demo.yaml              # one process, also under a debugger
+torchrun ... -m vitdist.train runs/NAME --attempt 0    # what the launcher starts on every node
 """
 
 import argparse
@@ -67,7 +67,9 @@ class Session:
         from vitdist.data import transforms
 
         data = self.settings.data
-        return transforms.normalise(images.to(self.me.device, non_blocking=True), data.mean, data.std, self.engine.dtype)
+        return transforms.normalise(
+            images.to(self.me.device, non_blocking=True), data.mean, data.std, self.engine.dtype
+        )
 
 
 def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequest) -> int:
@@ -87,7 +89,8 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
             _same_classes(settings, train_set, val_set)
             batch = config.split_batch(settings.train, me.world)
             total = config.total_steps(settings.train, batch, len(train_set))
-            _agree("order of samples", order_hash(Order(len(train_set), settings.train.seed, train_set.digest), batch.global_batch), me)
+            order = Order(len(train_set), settings.train.seed, train_set.digest)
+            _agree("order of samples", order_hash(order, batch.global_batch), me)
 
             # model: a learning rate for each layer
             net, weights = model.build(settings.model, train_set.classes, settings.train.seed)
@@ -102,10 +105,17 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
             about = {"groups": optim.describe(groups), "model": model.describe(settings.model, net, weights)}
             engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
             identity = checkpoint.Identity(
-                world=me.world, zero=settings.engine.zero, precision=engine.precision, global_batch=batch.global_batch,
-                groups=fingerprint, classes=checkpoint.class_hash(train_set.classes), data=train_set.digest,
+                world=me.world,
+                zero=settings.engine.zero,
+                precision=engine.precision,
+                global_batch=batch.global_batch,
+                groups=fingerprint,
+                classes=checkpoint.class_hash(train_set.classes),
+                data=train_set.digest,
             )
-            session = Session(run, attempt, settings, me, journal, train_set, val_set, batch, total, engine, identity, meter)
+            session = Session(
+                run, attempt, settings, me, journal, train_set, val_set, batch, total, engine, identity, meter
+            )
 
             # go on where an earlier attempt stopped
             resumed, passed_over = checkpoint.resume(run, engine, me, identity)
@@ -118,7 +128,9 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
                 raise RuntimeError(f"fault after step {engine.steps}: {error}") from error
             if reason:
                 journal.record(state="stopped", reason=reason, ended=rundir.now())
-                journal.say(f"stopped by {reason} at step {engine.steps} of {total}, checkpoint saved; the same command goes on from it")
+                journal.say(
+                    f"stopped by {reason} at step {engine.steps} of {total}, checkpoint saved; the same command goes on"
+                )
                 me.barrier()
                 return rundir.EXIT_STOPPED
 
@@ -155,7 +167,7 @@ def _loop(s: Session, stopping: StopRequest) -> str | None:
         step = engine.steps
         in_a_row = in_a_row + 1 if engine.skipped > skipped else 0
         if in_a_row == MOST_SKIPPED_IN_A_ROW:
-            raise TrainingFailed(f"the gradients of the last {in_a_row} steps before step {step} are not finite: {_REMEDY}")
+            raise TrainingFailed(f"the gradients of {in_a_row} steps up to step {step} are not finite: {_REMEDY}")
         last = step == s.total
         if step % settings.tracking.log_every == 0 or last:
             _log(s, losses, bad)
@@ -209,11 +221,20 @@ def _log(s: Session, losses: "list[Tensor]", bad: int) -> None:
     loss = s.me.mean(float(torch.stack(losses).mean()))
     bad_samples = round(s.me.mean(bad) * s.me.world)
     rates = {f"lr/{name}": rate for name, rate in engine.lrs().items() if not name.endswith("_no_decay")}
-    s.journal.row(step, {
-        "train/loss": loss, "train/epoch": seen / len(s.train_set), "train/samples_seen": seen, **rates,
-        "optim/grad_norm": engine.grad_norm, "optim/loss_scale": engine.loss_scale, "optim/skipped_steps": engine.skipped,
-        "data/bad_samples": bad_samples, **s.meter.row(s.total - step),
-    })
+    s.journal.row(
+        step,
+        {
+            "train/loss": loss,
+            "train/epoch": seen / len(s.train_set),
+            "train/samples_seen": seen,
+            **rates,
+            "optim/grad_norm": engine.grad_norm,
+            "optim/loss_scale": engine.loss_scale,
+            "optim/skipped_steps": engine.skipped,
+            "data/bad_samples": bad_samples,
+            **s.meter.row(s.total - step),
+        },
+    )
     if not math.isfinite(loss):
         raise TrainingFailed(f"the loss is {loss} at step {step}: {_REMEDY}")
     budget = max(1.0, s.settings.data.max_bad * len(s.train_set) * max(1.0, seen / len(s.train_set)))
@@ -247,6 +268,8 @@ def _save(s: Session) -> None:
     s.journal.progress(s.engine.steps, "saving")
     checkpoint.save(s.run, s.engine, s.me, s.identity, s.attempt, s.settings.checkpoint.keep)
     s.journal.record(step=s.engine.steps)
+
+
 # ---- what the chapters need of small things ----------------------------------------------------
 
 
@@ -258,7 +281,9 @@ def _only_writer(run: RunDir, first: bool) -> Iterator[None]:
             try:
                 stack.enter_context(rundir.only_writer(run))
             except BlockingIOError:
-                raise ValueError(f"{run.path} is being trained by another process; wait for it or stop it first") from None
+                raise ValueError(
+                    f"{run.path} is being trained by another process; wait for it or stop it first"
+                ) from None
         yield
 
 
@@ -266,7 +291,8 @@ def _same_classes(settings: Config, train_set: "Index", val_set: "Index") -> Non
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes)) or ["their order"]
         raise ValueError(
-            f"{settings.data.train} and {settings.data.val} differ in classes ({', '.join(odd[:5])}): pack both with one `vitdist pack`"
+            f"{settings.data.train} and {settings.data.val} differ in classes ({', '.join(odd[:5])}): "
+            "pack both with one `vitdist pack`"
         )
 
 
@@ -274,7 +300,9 @@ def _agree(what: str, value: str, me: "Processes") -> None:
     """All ranks must see the same, or they would wait for each other for ever in the middle of a step."""
     values = me.gather(value)
     if len(set(values)) > 1:
-        raise ValueError(f"{what} differs between ranks ({values}): do all nodes see the same shards and the same code?")
+        raise ValueError(
+            f"{what} differs between ranks ({values}): do all nodes see the same shards and the same code?"
+        )
 
 
 def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_over: list[str]) -> None:
@@ -283,14 +311,23 @@ def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_ov
 
     device = torch.cuda.get_device_name() if s.me.device.type == "cuda" else "CPU"
     about = about | {
-        "world": s.me.world, "device": device, "threads": torch.get_num_threads(), "precision": s.engine.precision,
-        "zero": s.settings.engine.zero, "batch": config.to_plain(s.batch),
+        "world": s.me.world,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "precision": s.engine.precision,
+        "zero": s.settings.engine.zero,
+        "batch": config.to_plain(s.batch),
         "data": {"train": s.train_set.summary(), "val": s.val_set.summary()},
-        "versions": {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "deepspeed")},
+        "versions": {
+            name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "deepspeed")
+        },
     }
     s.journal.record(**about, total_steps=s.total, step=s.engine.steps, resumed_from=resumed)
-    s.journal.say(f"{about['model']['weights']}: {about['model']['parameters'] / 1e6:.2f} M parameters in {len(about['groups'])} groups")
-    s.journal.say(f"{len(s.train_set):,} training and {len(s.val_set):,} validation samples of {len(s.train_set.classes)} classes")
+    net, groups = about["model"], about["groups"]
+    s.journal.say(f"{net['weights']}: {net['parameters'] / 1e6:.2f} M parameters in {len(groups)} groups")
+    s.journal.say(
+        f"{len(s.train_set):,} training and {len(s.val_set):,} validation samples of {len(s.train_set.classes)} classes"
+    )
     auto = " (auto)" if s.settings.engine.precision == "auto" else ""
     s.journal.say(
         f"{s.me.world} ranks on {device}, {s.engine.precision}{auto}, ZeRO-{s.settings.engine.zero}; global batch "
@@ -321,14 +358,19 @@ def _finish(run: RunDir, summary: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line of this file; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m vitdist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="python -m vitdist.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         epilog="settings (section.name=value overrides the file):\n" + config.describe(Config),
     )
     parser.add_argument("target", help="a run folder, or a configuration (.yaml) for a new run")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings over those of the file")
     parser.add_argument("--name", help="name of the run folder; an existing one with the same settings is continued")
     parser.add_argument("--runs", default="runs", help="where run folders lie (default: runs)")
-    parser.add_argument("--attempt", type=int, help="number of this start of a run folder; its ranks write to their own log files")
+    parser.add_argument(
+        "--attempt", type=int, help="number of this start of a run folder; its ranks write to their own log files"
+    )
     args = parser.parse_intermixed_args(argv)  # options may stand between overrides
     stopping = stop.install()
     rank, node = int(os.environ.get("RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
@@ -363,7 +405,9 @@ def _open(args: argparse.Namespace, rank: int) -> tuple[RunDir, Config]:
     if run.config.exists():
         changed = config.difference(config.load(run.config), settings)
         if changed:
-            raise SettingsError(f"{run.path} exists with other settings; choose another --name\n  " + "\n  ".join(changed))
+            raise SettingsError(
+                f"{run.path} exists with other settings; choose another --name\n  " + "\n  ".join(changed)
+            )
     elif rank == 0:
         rundir.publish(run.config, config.to_yaml(settings))
     return run, settings

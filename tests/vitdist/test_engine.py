@@ -36,7 +36,12 @@ def test_clipping_bites_and_changes_the_losses() -> None:
 
 def test_fp16_overflow_is_skipped_and_not_counted() -> None:
     """A real ZeRO-2 run in fp16: see workers.allow_fp16_on_cpu."""
-    changes = {"engine.zero": 2, "engine.precision": "fp16", "engine.loss_scale_hysteresis": 1, "engine.loss_scale_power": 12}
+    changes = {
+        "engine.zero": 2,
+        "engine.precision": "fp16",
+        "engine.loss_scale_hysteresis": 1,
+        "engine.loss_scale_power": 12,
+    }
     seen = ranks.run(workers.fp16_overflow, 2, changes)[0]
     assert seen["dtype"] == "torch.float16"
     assert seen["skipped"] == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]
@@ -58,7 +63,7 @@ def test_rates_and_weights_survive_a_resume(tmp_path: Path, zero: int, precision
     seen = ranks.run(workers.rates_after_resume, 2, changes, str(tmp_path))[0]
     s = workers.settings(**changes)
     assert seen["resumed"] == 5
-    assert len({scale for scale in seen["scales"].values()}) == 4
+    assert len(set(seen["scales"].values())) == 4
     for name, scale in seen["scales"].items():
         assert seen["before"][name] == pytest.approx(optim.schedule(4, 20, s.optim) * scale, rel=1e-12)
         assert seen["after"][name] == pytest.approx(optim.schedule(5, 20, s.optim) * scale, rel=1e-12)

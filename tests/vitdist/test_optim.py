@@ -29,7 +29,14 @@ def test_vit_large_has_52_groups_with_the_scales_of_mae() -> None:
     assert len(groups) == 52
     scales = {g["name"]: g["lr_scale"] for g in groups}
     # MAE's util/lr_decay.py at ViT-L: 0.75^(25 - id)
-    expected = {"00_embeddings": 7.525e-4, "01_block": 1.0034e-3, "12_block": 0.023757, "23_block": 0.5625, "24_block": 0.75, "25_head": 1.0}
+    expected = {
+        "00_embeddings": 7.525e-4,
+        "01_block": 1.0034e-3,
+        "12_block": 0.023757,
+        "23_block": 0.5625,
+        "24_block": 0.75,
+        "25_head": 1.0,
+    }
     assert {name: scales[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
@@ -54,7 +61,14 @@ def test_frozen_layers_make_no_empty_group() -> None:
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(layer[name] > 1)
     groups = optim.groups(net, layer, depth, Optim(), model.layer_name)
-    assert [g["name"] for g in groups] == ["02_block", "02_block_no_decay", "03_block", "03_block_no_decay", "04_head", "04_head_no_decay"]
+    assert [g["name"] for g in groups] == [
+        "02_block",
+        "02_block_no_decay",
+        "03_block",
+        "03_block_no_decay",
+        "04_head",
+        "04_head_no_decay",
+    ]
     assert all(g["params"] for g in groups)
 
 
@@ -68,7 +82,9 @@ def test_a_parameter_that_no_rule_names_is_an_error() -> None:
 
 
 @given(st.integers(1, 500), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 0.9), st.floats(0, 1))
-def test_schedule_rises_to_the_peak_once_and_ends_at_the_floor(total: int, kind: str, warmup: float, floor: float) -> None:
+def test_schedule_rises_to_the_peak_once_and_ends_at_the_floor(
+    total: int, kind: str, warmup: float, floor: float
+) -> None:
     s = Optim(lr=2.0, schedule=kind, warmup=warmup, min_lr=floor)  # type: ignore[arg-type]
     rates = [optim.schedule(step, total, s) for step in range(total)]
     steps = round(warmup * total)

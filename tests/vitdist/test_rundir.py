@@ -51,9 +51,12 @@ def test_names_that_are_no_folder_or_job_name(name: str) -> None:
 def test_rolled_back_rows_count_once(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     rows = [
-        {"attempt": 0, "train/global_step": 10, "train/loss": 3}, {"attempt": 0, "train/global_step": 20, "train/loss": 2},
-        {"attempt": 0, "train/global_step": 20, "val/loss": 2.5}, {"attempt": 0, "train/global_step": 30, "train/loss": 1},
-        {"attempt": 1, "train/global_step": 20, "train/loss": 2.1}, {"attempt": 1, "train/global_step": 25, "train/loss": 1.9},
+        {"attempt": 0, "train/global_step": 10, "train/loss": 3},
+        {"attempt": 0, "train/global_step": 20, "train/loss": 2},
+        {"attempt": 0, "train/global_step": 20, "val/loss": 2.5},
+        {"attempt": 0, "train/global_step": 30, "train/loss": 1},
+        {"attempt": 1, "train/global_step": 20, "train/loss": 2.1},
+        {"attempt": 1, "train/global_step": 25, "train/loss": 1.9},
     ]
     run.metrics.write_text("\n".join(map(json.dumps, rows)) + '\n{"attempt": 1, "train/glo')
     assert [(r["train/global_step"], r.get("train/loss")) for r in rundir.rows(run)] == [(10, 3), (20, 2.1), (25, 1.9)]

@@ -50,7 +50,12 @@ def test_a_run_leaves_everything_that_the_folder_promises(tmp_path: Path, recipe
     assert json.loads((run.model / "config.json").read_text())["id2label"] == {"0": "blue", "1": "green", "2": "red"}
     assert len(list(run.wandb.glob("offline-run-*/*.wandb"))) == 1
     assert run.report.stat().st_size > 10_000
-    for said in ("0.03 M parameters in 8 groups", "60 training and 21 validation samples of 3 classes", "fp32 (auto), ZeRO-2", "top-1"):
+    for said in (
+        "0.03 M parameters in 8 groups",
+        "60 training and 21 validation samples of 3 classes",
+        "fp32 (auto), ZeRO-2",
+        "top-1",
+    ):
         assert said in text
     assert "Traceback" not in text
     # a second start has nothing to do
@@ -84,8 +89,10 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, recipe: Path, 
 def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path) -> None:
     for name, world, more in (("one", 1, []), ("two", 2, ["train.accumulation=3"]), ("three", 3, [])):
         assert train(tmp_path, world, str(recipe), "--name", name, *more)[0] == {0}
-    found = [[row["train/loss"] for row in rundir.rows(RunDir(tmp_path / "runs" / name))  if "train/loss" in row]
-             for name in ("one", "two", "three")]
+    found = [
+        [row["train/loss"] for row in rundir.rows(RunDir(tmp_path / "runs" / name)) if "train/loss" in row]
+        for name in ("one", "two", "three")
+    ]
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     assert found[2] == pytest.approx(found[0], abs=1e-5)
 
@@ -135,11 +142,25 @@ def test_an_existing_name_with_other_settings_is_refused(tmp_path: Path, recipe:
 
 
 def test_diverging_ends_with_a_reason(tmp_path: Path, recipe: Path) -> None:
-    codes, text = train(tmp_path, 1, str(recipe), "--name", "nan", "optim.lr=100", "optim.clip=0", "optim.eps=1e-30", "optim.warmup=0", "train.steps=400")
+    codes, text = train(
+        tmp_path,
+        1,
+        str(recipe),
+        "--name",
+        "nan",
+        "optim.lr=100",
+        "optim.clip=0",
+        "optim.eps=1e-30",
+        "optim.warmup=0",
+        "train.steps=400",
+    )
     assert codes == {rundir.EXIT_DO_NOT_REQUEUE}, text
     assert "lower optim.lr" in text
     assert "Traceback" not in text
-    assert all("NaN" not in line and "Infinity" not in line for line in (tmp_path / "runs/nan/metrics.jsonl").read_text().splitlines())
+    assert all(
+        "NaN" not in line and "Infinity" not in line
+        for line in (tmp_path / "runs/nan/metrics.jsonl").read_text().splitlines()
+    )
     record = rundir.state(RunDir(tmp_path / "runs" / "nan"))
     assert record["state"] == "failed"
     assert "the run diverged" in record["reason"]

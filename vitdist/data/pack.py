@@ -195,9 +195,7 @@ def _stratified(pictures: list[Picture], fraction: float) -> tuple[list[Picture]
 # ---- shards ---------------------------------------------------------------------------------------
 
 
-def _plan(
-    folder: Path, pictures: list[Picture], shard_bytes: int, shard_samples: int | None
-) -> list[_ShardPlan]:
+def _plan(folder: Path, pictures: list[Picture], shard_bytes: int, shard_samples: int | None) -> list[_ShardPlan]:
     shards: list[_ShardPlan] = []
     filled = 0
     for number, picture in enumerate(pictures):

@@ -107,7 +107,7 @@ class Samples(torch.utils.data.Dataset):
             # By sample, not by slot or process: the same pixels whoever decodes. 1: not a seed of order.py.
             rng = np.random.default_rng([self.seed, epoch, row, 1])
             return transforms.training_pixels(payload, self.settings, self.size, rng)
-        except Exception as error:  # noqa: BLE001  # PIL raises OSError, ValueError, SyntaxError, ...
+        except Exception as error:
             return self._bad(row, f"not decodable ({type(error).__name__}: {error})")
 
     def _read(self, ids: Sequence[int]) -> list[bytes | Bad]:
@@ -124,9 +124,7 @@ class Samples(torch.utils.data.Dataset):
             self._read_group(group, ids, rows, spans)
         return spans
 
-    def _read_group(
-        self, group: list[int], ids: Sequence[int], rows: np.ndarray, spans: list[bytes | Bad]
-    ) -> None:
+    def _read_group(self, group: list[int], ids: Sequence[int], rows: np.ndarray, spans: list[bytes | Bad]) -> None:
         start = int(rows["offset"][group[0]])
         ends = [int(rows["offset"][place]) + int(rows["size"][place]) for place in group]
         try:

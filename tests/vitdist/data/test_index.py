@@ -31,7 +31,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.
 
 
 def samples(names: list[str]) -> list[tuple[str, bytes]]:
-    return [m for i, name in enumerate(names) for m in ((f"{name}.cls", f"{i % 3}".encode()), (f"{name}.png", picture(i)))]
+    return [
+        m for i, name in enumerate(names) for m in ((f"{name}.cls", f"{i % 3}".encode()), (f"{name}.png", picture(i)))
+    ]
 
 
 NAMES = ["a", "dir.d/b", "Größe/猫/" + "x" * 120, "y" * 180 + "/ü"]

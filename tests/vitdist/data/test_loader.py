@@ -68,7 +68,17 @@ def straight(index: Index) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("world", "accumulation", "workers", "start"),
-    [(1, 1, 2, 0), (2, 1, 0, 0), (2, 3, 2, 0), (4, 1, 0, 0), (4, 1, 2, 0), (3, 2, 0, 0), (1, 1, 0, 7), (4, 3, 2, 7), (2, 1, 1, 4)],
+    [
+        (1, 1, 2, 0),
+        (2, 1, 0, 0),
+        (2, 3, 2, 0),
+        (4, 1, 0, 0),
+        (4, 1, 2, 0),
+        (3, 2, 0, 0),
+        (1, 1, 0, 7),
+        (4, 3, 2, 7),
+        (2, 1, 1, 4),
+    ],
 )
 def test_pixels_are_the_same(
     index: Index, straight: tuple[torch.Tensor, ...], world: int, accumulation: int, workers: int, start: int

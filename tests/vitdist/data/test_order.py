@@ -1,4 +1,4 @@
-"""The order of samples is a pure function of seed, epoch and data set. python -m pytest tests/vitdist/data/test_order.py"""
+"""The order of samples is a pure function of seed, epoch and data set."""
 
 import subprocess
 import sys
@@ -66,7 +66,11 @@ def test_evaluation_has_each_sample_once(n: int, world: int, batch: int) -> None
 def test_epochs_seeds_and_data_sets_differ() -> None:
     n = 5000
     first = Order(n, 0, DIGEST).ids(0, n)[1]
-    others = [Order(n, 0, DIGEST).ids(n, 2 * n)[1], Order(n, 1, DIGEST).ids(0, n)[1], Order(n, 0, "00" * 32).ids(0, n)[1]]
+    others = [
+        Order(n, 0, DIGEST).ids(n, 2 * n)[1],
+        Order(n, 1, DIGEST).ids(0, n)[1],
+        Order(n, 0, "00" * 32).ids(0, n)[1],
+    ]
     for other in others:
         assert np.mean(first == other) < 0.01
     assert abs(np.corrcoef(first, np.arange(n))[0, 1]) < 0.1
@@ -84,6 +88,8 @@ def test_known_order() -> None:
 
 
 def test_imports_neither_torch_nor_webdataset() -> None:
-    code = "import sys, vitdist.data.order, vitdist.data.index; print({'torch', 'webdataset', 'PIL'} & set(sys.modules))"
+    code = (
+        "import sys, vitdist.data.order, vitdist.data.index; print({'torch', 'webdataset', 'PIL'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -55,7 +55,9 @@ def test_packs_the_original_bytes(pictures: Path, tmp_path: Path, capsys: pytest
     expected = {
         str(p.relative_to(pictures)): (p.relative_to(pictures).parts[0], p.read_bytes())
         for p in pictures.rglob("*")
-        if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") and not p.name.startswith(".") and ".cache" not in p.parts
+        if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
+        and not p.name.startswith(".")
+        and ".cache" not in p.parts
     }
     assert len(expected) == 18
     assert by_source(tmp_path / "out/train") == expected
@@ -77,9 +79,7 @@ def test_same_bytes_for_any_number_of_workers(pictures: Path, tmp_path: Path) ->
     assert "train/shard-000002.tar" in first
 
 
-def test_goes_on_after_an_interruption(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_goes_on_after_an_interruption(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     pack(pictures, out, workers=2, shard_samples=5)
     whole = contents(out)
@@ -155,7 +155,9 @@ def test_clear_errors(pictures: Path, tmp_path: Path) -> None:
 def test_names_files_that_are_no_pictures(pictures: Path, tmp_path: Path) -> None:
     put(pictures / "rare/empty.png", b"")
     put(pictures / "rare/animated.jpg", b"GIF89a" + bytes(50))
-    with pytest.raises(ValueError, match=r"not pictures: .*animated\.jpg \(begins with b'GIF8'\); .*empty\.png \(empty\)"):
+    with pytest.raises(
+        ValueError, match=r"not pictures: .*animated\.jpg \(begins with b'GIF8'\); .*empty\.png \(empty\)"
+    ):
         pack(pictures, tmp_path / "out", workers=1, shard_samples=4)
     assert not (tmp_path / "out/train/index.json").exists()
     assert not list((tmp_path / "out").rglob(".shard-*"))

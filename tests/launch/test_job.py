@@ -1,0 +1,314 @@
+"""NodeJob under submitit's local executor, several simulated nodes, with a stand-in for torchrun and trainer."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submitit
+from submitit.helpers import DelayedSubmission
+
+from launch import job as launch_job
+from launch import torchrun
+from launch.job import NodeJob, RunFailed
+from vitdist import rundir
+from vitdist.rundir import RunDir
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run folder whose code is this checkout."""
+    run = RunDir(tmp_path / "runs" / "a run")
+    run.path.mkdir(parents=True)
+    run.code.symlink_to(ROOT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    return run
+
+
+@pytest.fixture
+def start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Callable[..., "subprocess.Popen[bytes]"]:
+    """Start simulated nodes; returns submitit's controller."""
+
+    def start(nodes: int = 2, processes: int = 2, devices: tuple[str, ...] = (), minutes: int = 10, **orders: object) -> Any:
+        monkeypatch.setenv("STANDIN", json.dumps(orders))
+        job = NodeJob(str(run.path), processes, run.next_attempt(), "local", devices, launcher="standin")
+        executor = submitit.LocalExecutor(run.submitit)
+        executor.update_parameters(tasks_per_node=nodes, timeout_min=minutes, signal_delay_s=10, stderr_to_stdout=True)
+        return executor.submit(job)._process
+
+    return start
+
+
+def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """Wait for a condition, at most so long."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    return rundir.read_json(path) or {}
+
+
+def logs(run: RunDir) -> str:
+    return "\n".join(path.read_text() for path in sorted(run.submitit.glob("*_log.out")))
+
+
+def test_two_nodes_run_to_the_end(run: RunDir, start: Callable[..., Any]) -> None:
+    start(devices=("4", "5", "6", "7")).wait(30)
+    attempt = run.attempt(0)
+    assert rundir.state(run)["state"] == "done", logs(run)
+    record = read(attempt.job)
+    assert (record["state"], record["nodes"], record["processes"], record["cause"]) == ("done", 2, 2, None)
+    assert record["scheduler"] == "local"
+    assert record["master"] == "127.0.0.1"
+    assert record["port"] == launch_job.local_port(run, 0)
+    assert record["ended"] >= record["started"]
+    cores = max(1, len(os.sched_getaffinity(0)) // 4)
+    for node, rank, devices in ((0, 0, "4,5"), (0, 1, "4,5"), (1, 2, "6,7"), (1, 3, "6,7")):
+        # cwd and share of the machine of every rank
+        assert attempt.rank_log(node, rank).read_text() == f"here am I {ROOT} {devices} {cores}\n"
+    assert [read(attempt.node(node))["state"] for node in (0, 1)] == ["done", "done"]
+
+
+def test_a_finished_run_returns_at_once(run: RunDir, start: Callable[..., Any]) -> None:
+    start(1, 1).wait(30)
+    start(1, 1).wait(30)
+    assert [attempt.number for attempt in run.attempts()] == [0]
+
+
+def test_the_cause_is_the_rank_that_failed_first_not_its_peers(run: RunDir, start: Callable[..., Any]) -> None:
+    start(fail={"rank": 3, "message": "no such class"}).wait(30)
+    record = read(run.attempt(0).job)
+    assert record["state"] == "failed"
+    assert record["cause"] == f"rank 3: ValueError: no such class ({run.attempt(0).rank_log(1, 3)})"
+    assert read(run.attempt(0).train)["error"]["message"] == "Connection closed by peer"
+    assert "RunFailed: rank 3: ValueError" in logs(run)
+
+
+def test_a_node_that_waits_for_a_dead_one_is_ended(
+    run: RunDir, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(fail={"rank": 3, "signal": signal.SIGKILL}, hang=True).wait(40)
+    record = read(run.attempt(0).job)
+    assert record["state"] == "failed"
+    assert "rank 3 was killed by SIGKILL, as the kernel does when memory runs out" in record["cause"]
+
+
+def test_refused_settings_are_told_in_one_line(run: RunDir, start: Callable[..., Any]) -> None:
+    start(1, 1, refuse="shards without pictures").wait(30)
+    record = read(run.attempt(0).job)
+    assert record["state"] == "refused"
+    assert record["cause"] == "ValueError: shards without pictures (rank 0, step 0)"
+
+
+def test_the_first_term_saves_and_the_next_start_goes_on(run: RunDir, start: Callable[..., Any]) -> None:
+    controller = start(until_asked=True)
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 3)
+    controller.terminate()
+    controller.wait(30)
+    assert read(run.attempt(0).job)["state"] == "stopped", logs(run)
+    reached = read(run.attempt(0).train)["step"]
+    start(steps=reached + 2).wait(30)
+    assert read(run.attempt(1).train)["resumed_from"] == reached
+    assert rundir.state(run)["state"] == "done"
+
+
+def test_a_wish_to_stop_is_repeated_for_trainers_that_were_not_ready(run: RunDir, start: Callable[..., Any]) -> None:
+    controller = start(1, 1, until_asked=True)
+    # The node's job handles TERM from here on; its trainer has not yet taken over USR2.
+    until(lambda: run.attempt(0).torchrun_log(0).exists())
+    time.sleep(0.05)
+    controller.terminate()
+    controller.wait(30)
+    assert read(run.attempt(0).job)["state"] == "stopped", logs(run)
+
+
+def test_a_second_term_ends_it(run: RunDir, start: Callable[..., Any]) -> None:
+    controller = start(1, 1, until_asked=True, hang=True)
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 0)
+    (run.path / "lost").touch()  # the trainer hangs in a collective
+    controller.terminate()
+    until(lambda: (run.path / "lost").exists())
+    controller.terminate()
+    controller.wait(30)
+    assert read(run.attempt(0).job)["state"] == "failed"
+
+
+# ---- what a real SLURM would do, step by step, in this process --------------------------------------
+
+
+@pytest.fixture
+def in_slurm(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The environment of one node of a SLURM job, and commands that write down how they are called."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, answer in (("scontrol", ""), ("squeue", "RUNNING|None")):
+        (bin_folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\necho "{answer}"\n')
+        (bin_folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    for name, value in {
+        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch_job, "PATIENCE_S", 1.0)
+    return tmp_path / "calls"
+
+
+def node_job(run: RunDir, **changes: Any) -> NodeJob:
+    return NodeJob(str(run.path), 1, 0, "slurm", launcher="standin", **changes)
+
+
+@pytest.mark.parametrize(("restarts", "attempt"), [(None, 2), ("3", 5)])
+def test_an_attempt_is_counted_by_slurm(
+    run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch, restarts: str | None, attempt: int
+) -> None:
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    job = NodeJob(str(run.path), 1, 2, "slurm", launcher="standin")
+    with usr2_kept():
+        assert job() == "done"
+    record = read(run.attempt(attempt).job)
+    assert (record["job_id"], record["hosts"], record["port"]) == ("4711", ["localhost"], torchrun.port("4711", attempt))
+
+
+class usr2_kept:  # noqa: N801
+    """The job takes over USR2 of this process."""
+
+    def __enter__(self) -> None:
+        self.before = signal.getsignal(signal.SIGUSR2)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGUSR2, self.before)
+
+
+def under_submitit(run: RunDir, job: NodeJob) -> "subprocess.Popen[bytes]":
+    """The process that srun starts on a node, for a pickle as submitit writes it."""
+    run.submitit.mkdir(exist_ok=True)
+    pickled = DelayedSubmission(job)
+    pickled.set_timeout(720, 1000)
+    pickled.dump(run.submitit / "4711_submitted.pkl")
+    with open(run.path / "node.out", "wb") as out:
+        command = [sys.executable, "-u", "-m", "submitit.core._submit", str(run.submitit)]
+        return subprocess.Popen(command, cwd=run.code, stdout=out, stderr=subprocess.STDOUT)
+
+
+def test_usr2_saves_before_the_requeue(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN", json.dumps({"until_asked": True}))
+    process = under_submitit(run, node_job(run))
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 2)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(30) == 255, (run.path / "node.out").read_text()
+    assert in_slurm.read_text() == "scontrol requeue 4711\n"
+    assert read(run.attempt(0).train)["state"] == "stopped"
+    assert read(run.attempt(0).job)["state"] == "requeued"
+    # The pickle of the next start is the same job again.
+    again = DelayedSubmission.load(run.submitit / "4711_submitted.pkl").function
+    assert again == node_job(run)
+
+
+def test_usr2_does_not_requeue_a_run_that_is_done_by_then(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The trainer finishes without noticing.
+    monkeypatch.setenv("STANDIN", json.dumps({"steps": 200}))
+    process = under_submitit(run, node_job(run))
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 0)
+    job = read(run.attempt(0).train)
+    rundir.publish_json(run.path / "done.json", job)
+    process.send_signal(signal.SIGTERM)  # submitit bypasses it
+    (run.path / "asked").unlink(missing_ok=True)
+    assert process.wait(30) == 0, (run.path / "node.out").read_text()
+    assert rundir.state(run)["state"] == "done"
+    assert not in_slurm.exists()
+
+
+def test_a_failure_is_raised_and_short(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN", json.dumps({"refuse": "no pictures"}))
+    with usr2_kept(), pytest.raises(RunFailed, match=r"^ValueError: no pictures \(rank 0, step 0\)$") as caught:
+        node_job(run)()
+    pickle.loads(pickle.dumps(caught.value))
+    assert not in_slurm.exists()
+
+
+def test_other_nodes_leave_a_stop_in_peace(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A code other than 0 would have srun kill the first node while it requeues."""
+    for name, value in {"SLURM_NODEID": "1", "SLURM_PROCID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost,other")
+    process = under_submitit(run, node_job(run))
+    rundir.publish_json(run.attempt(0).train, {"state": "running", "step": 1})
+    until(lambda: run.attempt(0).rank_log(1, 1).exists())
+    process.send_signal(signal.SIGUSR2)
+    rundir.publish_json(run.attempt(0).train, {"state": "stopped", "step": 2})
+    assert process.wait(30) == 0, (run.path / "node.out").read_text()
+    assert "Not checkpointing nor requeuing" in (run.path / "node.out").read_text()
+    assert not in_slurm.exists()
+    assert not run.attempt(0).job.exists()
+
+
+def test_stopped_by_term_alone_is_requeued_while_slurm_calls_it_running(
+    run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN", json.dumps({"until_asked": True}))
+    process = under_submitit(run, node_job(run))
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 2)
+    (run.path / "asked").touch()  # a preemption without USR2: the trainers have seen SIGTERM
+    assert process.wait(30) == 0, (run.path / "node.out").read_text()
+    assert in_slurm.read_text().endswith("scontrol requeue 4711\n")
+    assert read(run.attempt(0).job)["state"] == "requeued"
+
+
+def test_a_torn_dump_of_submitit_is_removed(run: RunDir, in_slurm: Path) -> None:
+    run.submitit.mkdir()
+    torn = run.submitit / "4711_submitted.pkl.save_tmp"
+    torn.touch()
+    with usr2_kept():
+        node_job(run)()
+    assert not torn.exists()
+
+
+def test_a_port_in_use_is_named(run: RunDir, in_slurm: Path) -> None:
+    import socket
+
+    with socket.socket() as taken, usr2_kept():
+        taken.bind(("", torchrun.port("4711", 0)))
+        taken.listen()
+        with pytest.raises(RunFailed, match=r"port \d+ on .* cannot be used .*: submit again"):
+            node_job(run)()
+    assert "cannot be used" in read(run.attempt(0).job)["cause"]
+
+
+def test_a_name_that_does_not_resolve_is_asked_of_slurm(in_slurm: Path, tmp_path: Path) -> None:
+    assert launch_job._address("localhost") == "localhost"
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'NodeName=node1 NodeAddr=10.1.2.3 Port=1'\n")
+    assert launch_job._address("no-such-host.invalid") == "10.1.2.3"
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(RunFailed, match="does not resolve"):
+        launch_job._address("no-such-host.invalid")
+
+
+def test_silence_of_slurm_is_unknown(in_slurm: Path, tmp_path: Path) -> None:
+    squeue = tmp_path / "bin" / "squeue"
+    assert launch_job.slurm_state("1") == "RUNNING"
+    for script, state in (
+        ("echo 'PENDING|Resources'", "PENDING (Resources)"),
+        ("exit 1", "UNKNOWN"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "GONE"),
+        ("true", "GONE"),
+    ):
+        squeue.write_text(f"#!/bin/sh\n{script}\n")
+        assert launch_job.slurm_state("1") == state
