@@ -33,11 +33,13 @@ from vitdist import rundir
 from vitdist.rundir import Attempt, RunDir
 
 POLL_S = 0.2
-ASK_S = 3.0
+KILL_S = 2.0
+"""From SIGTERM to SIGKILL for trainers that are stuck in a collective."""
+ASK_S = 1.0
 """A trainer that is still importing has not taken over USR2 and misses it: ask again this often."""
 LOOK_S = 2.0
 """Between two looks at what other nodes have recorded: a shared file system is slow to ask."""
-PATIENCE_S = 10.0
+PATIENCE_S = {"slurm": 10.0, "local": 3.0}
 """For what another node writes to reach this one, and for the ranks of a run that lost one to say so."""
 
 
@@ -140,7 +142,7 @@ class NodeJob:
                 now = time.monotonic()
                 if now >= next_look and end_at == float("inf"):
                     next_look = now + LOOK_S
-                    end_at = now + PATIENCE_S if self._lost(node) else end_at
+                    end_at = now + PATIENCE_S[self.kind] if self._lost(node) else end_at
                 if now >= end_at:
                     process.end()
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -173,6 +175,7 @@ class Torchrun:
         """Handler of a simulated node: the first signal asks for a checkpoint, the second one ends the run."""
         self._asks += 1
         self.stopping = True
+        print("asked to stop" if self._asks == 1 else "told to end", flush=True)
         if self._asks > 1:
             self.end()
 
@@ -189,7 +192,7 @@ class Torchrun:
     def end(self) -> None:
         """End it; trainers stuck in a collective do not hear SIGTERM, so they are killed soon after."""
         if self._kill_at == float("inf"):
-            self._kill_at = time.monotonic() + 5.0
+            self._kill_at = time.monotonic() + KILL_S
             self._popen.terminate()
 
     def _to_children(self, number: signal.Signals) -> None:
@@ -309,7 +312,7 @@ class Node:
 
     def cause(self) -> str:
         """Why the run failed. Where a rank only lost its peer, wait a moment for the peer's side of it."""
-        deadline = time.monotonic() + (PATIENCE_S / 2 if self.nodes > 1 else 0)
+        deadline = time.monotonic() + (PATIENCE_S[self.kind] / 2 if self.nodes > 1 else 0)
         while True:
             text, consequence = _cause(self.attempt)
             if not consequence or time.monotonic() > deadline:
@@ -318,7 +321,7 @@ class Node:
 
     def wait_for_first(self) -> None:
         """Give the first node time to record the end: our exit makes srun kill it."""
-        deadline = time.monotonic() + 2 * PATIENCE_S
+        deadline = time.monotonic() + 2 * PATIENCE_S[self.kind]
         while not self.first and self.kind == "slurm" and time.monotonic() < deadline:
             if (rundir.read_json(self.attempt.job) or {}).get("ended"):
                 return
@@ -390,7 +393,8 @@ def _cause(attempt: Attempt) -> tuple[str, bool]:
     logs = sorted(attempt.path.glob("logs/node-*/torchrun.log"), key=lambda log: int(log.parent.name.removeprefix("node-")))
     for log in logs:
         for failure in torchrun.failures(_read(log)):
-            if failure.code != rundir.EXIT_STOPPED:
+            # Rank 0's own words stand in its record.
+            if failure.code != rundir.EXIT_STOPPED and not (error and failure.rank == error["rank"]):
                 text, peer = _of_rank(failure, log.parent / f"rank-{failure.rank}.log", log)
                 told.append((peer, failure.time, text))
     if told:

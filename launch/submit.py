@@ -183,7 +183,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         faults.append(str(error))
     if faults or settings is None:
         raise SettingsError("\nerror: ".join(faults))
-    nodes, processes, notes = _place(args, local, devices, source)
+    nodes, processes, notes = _place(args, local, devices, args.config or default)
     if profile:
         profile, assumed = clusters.resolve(profile, slurm)
         assert profile.gpus_per_node != "auto"
@@ -202,7 +202,7 @@ def _profile(path: str, time: str | None) -> Cluster:
     return config.parse(Cluster, raw | ({"time": time} if time else {}), file)
 
 
-def _place(args: argparse.Namespace, local: bool, devices: list[str], source: Path) -> tuple[int, int, list[str]]:
+def _place(args: argparse.Namespace, local: bool, devices: list[str], source: str) -> tuple[int, int, list[str]]:
     """(nodes, ranks on each, what to tell) on this machine."""
     if not local:
         return args.nodes, 1, []

@@ -37,7 +37,9 @@ function specification({ about, curves, restarts, format, log, zero, stairs, fan
   const zoom = { name: "zoom", select: { type: "interval", encodings: ["x"], zoom: "wheel![event.ctrlKey]", translate: false }, bind: "scales" };
   const near = { name: "near", select: { type: "point", fields: ["x", "k"], nearest: true, on: "pointermove", clear: "pointerout" } };
   const step = { field: "x", type: "quantitative", title: "step", format: ",d" };
-  const tooltip = [{ field: "k", type: "nominal", title: "curve" }, step, { field: "y", type: "quantitative", title: "value", format }];
+  // A list of fields shows names as "undefined" under `nearest` up to Vega-Lite 6.4 (vega/vega-lite#9707).
+  const at = "(datum.datum || datum)";
+  const tooltip = { value: { expr: `{curve: ${at}.k, step: format(${at}.x, ",d"), value: format(${at}.y, "${format}")}` } };
   const layer = [
     { params: [zoom], mark: { type: "line", strokeWidth: 1.6, clip: true, interpolate: stairs ? "step-after" : "linear" }, encoding },
     {
@@ -69,4 +71,7 @@ const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true,
 for (const place of document.querySelectorAll(".chart")) {
   vegaEmbed(place, specification(JSON.parse(place.nextElementSibling.textContent)), options);
 }
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
+// Paper cannot be unfolded; a table of a thousand classes stays folded.
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => {
+  one.open ||= one.querySelectorAll("tr").length < 100;
+}));

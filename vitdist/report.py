@@ -237,7 +237,7 @@ def verdict(facts: Facts) -> tuple[str, str]:
         case "done":
             took = f" in {duration(facts.seconds)}" if facts.seconds else ""
             starts = f" and {len(facts.starts)} starts" if len(facts.starts) > 1 else ""
-            return "finished", f"Trained to the end, {step:,} steps{took}{starts}{': ' if good else ''}{good}."
+            return "finished", f"Trained to the end, {step:,} steps{took}{starts}{good and ': '}{good}."
         case "failed":
             rank = f" on rank {error['rank']}" if error.get("rank") is not None else ""
             cause = record.get("reason") or "No cause is recorded"
@@ -463,7 +463,8 @@ def curves(facts: Facts) -> Markup:
         chart(facts, "Quality", f"Best top-1 {percent(top1)}, at step {-best:,}.", quality, format="~%"),
     )
     hint = "Point at a curve for its numbers; zoom with Ctrl and the wheel, back with a double click."
-    return section("Learning curves", figures, note(hint if figures else ""))
+    bare = wrap("<noscript>{}</noscript>", note("The charts need JavaScript; their numbers are in metrics.jsonl."))
+    return section("Learning curves", *([bare, figures, note(hint)] if figures else []))
 
 
 def rates(facts: Facts) -> Markup:
@@ -538,7 +539,7 @@ def classes(facts: Facts) -> Markup:
     columns = ("class", "samples", "precision", "recall", "F1")
     few = LISTED if len(rows) > MATRIX else len(rows)
     rest = f"The other {len(rows) - few:,} classes"
-    title = f"The {few} hardest of {len(rows):,} classes" if few < len(rows) else "Every class, the hardest first"
+    title = f"The {few} hardest of {len(rows):,}" if few < len(rows) else "Every class, the hardest first"
     pairs = [
         (html("{} <i>taken for</i> {}", names[i], names[j]), f"{n:,}", percent(share))
         for i, j, n, share in confused(confusion)
@@ -570,19 +571,23 @@ def matrix(names: list[str], confusion: np.ndarray) -> Markup:
         key += f" {len(names):,} classes in their order; blue right, orange wrong."
         key += f" A square is the strongest of {side} x {side} pairs." if side > 1 else ""
         return html(
-            '<figure class="matrix"><figcaption>{}</figcaption><img src="{}" alt="Confusion matrix; the table '
-            'next to it names the mistakes made most often."></figure>', key, data_uri(Image.fromarray(pixels)),
+            '<figure class="matrix"><figcaption>{}</figcaption><img src="{}" '
+            'alt="Confusion matrix; the table next to it names the mistakes made most often."></figure>',
+            key, data_uri(Image.fromarray(pixels)),
         )
     heads = join(html('<th scope="col" title="{0}"><span>{0}</span></th>', name) for name in names)
-    lines = join(
-        html('<tr><th scope="row" title="{0}"><span>{0}</span></th>{1}</tr>', names[i], join(
-            html('<td class="{}" style="--v:{:.0f}%" title="{} taken for {}">{}</td>',
-                 "hit" if i == j else "miss", 100 * math.sqrt(share[i, j]), names[i], names[j], int(n) or "")
-            for j, n in enumerate(line)))
-        for i, line in enumerate(confusion)
-    )
+    lines = []
+    for i, line in enumerate(confusion):
+        cells = join(
+            html(
+                '<td class="{}" style="--v:{:.0f}%" title="{} taken for {}">{}</td>',
+                "hit" if i == j else "miss", 100 * math.sqrt(share[i, j]), names[i], names[j], int(n) or "",
+            )
+            for j, n in enumerate(line)
+        )
+        lines.append(html('<tr><th scope="row" title="{0}"><span>{0}</span></th>{1}</tr>', names[i], cells))
     return html('<div><table class="confusion"><caption>{}</caption><thead><tr><td></td>{}</tr></thead>'
-                "<tbody>{}</tbody></table></div>", key, heads, lines)
+                "<tbody>{}</tbody></table></div>", key, heads, join(lines))
 
 
 def mistakes(facts: Facts) -> Markup:
@@ -652,6 +657,7 @@ def commands(facts: Facts) -> Markup:
         "predictions": run.predictions, "checkpoints": run.checkpoints, "model": run.model, "code": run.code,
     }
     started = shlex.join(map(str, env.get("argv") or ()))
+    started = f"python {started}" if started.split(" ")[0].endswith(".py") else started
     again = [f"git checkout {env['commit']}"] if env.get("commit") else []
     again += [f"git apply {at}/patch.diff"] if env.get("dirty") and run.patch.exists() else []
     again += [started or f"torchrun --nproc-per-node {ranks} -m vitdist.train {at}/config.yaml"]

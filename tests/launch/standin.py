@@ -3,7 +3,7 @@
     python -m standin --nnodes 2 --node-rank 0 ... -m vitdist.train RUN_DIR --attempt 0
 
 STANDIN in the environment says what the ranks do, as JSON: {"steps": 8, "fail": {"rank": 2, "message": "..."},
-"hang": true (a rank that has lost another waits for ever, as NCCL does), "until_asked": true (no end but by a signal)}.
+"hang": true (a rank that has lost another waits for ever, as NCCL does), "until_asked": true (no end but by a signal), "deaf": true (signals are not heard)}.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def agent() -> int:
 def worker(run: RunDir, attempt: Attempt) -> int:
     """As vitdist.train: rank 0 keeps the record; the others leave when it has ended."""
     orders = json.loads(os.environ.get("STANDIN", "{}"))
-    stopping = stop.install()
+    stopping = stop.StopRequest() if orders.get("deaf") else stop.install()
     rank, node = int(os.environ["RANK"]), int(os.environ["GROUP_RANK"])
     log = attempt.rank_log(node, rank)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def worker(run: RunDir, attempt: Attempt) -> int:
         return _first(run, attempt, stopping, orders)
     while True:
         time.sleep(STEP_S)
-        if stopping:
+        if stopping and not lost.exists():  # without the lost rank nothing can be agreed
             (run.path / "asked").touch()
         record = rundir.read_json(attempt.train) or {}
         if fault.get("rank") == rank and record.get("step", 0) >= 2:
@@ -100,6 +100,10 @@ def _first(run: RunDir, attempt: Attempt, stopping: stop.StopRequest, orders: di
     total = orders.get("steps", 8)
     record = {"attempt": attempt.number, "started": rundir.now(), "total_steps": total, "resumed_from": step or None}
     (run.path / "asked").unlink(missing_ok=True)
+    deadline = time.monotonic() + 20
+    while len(list(attempt.path.glob("logs/*/rank-*.log"))) < int(os.environ["WORLD_SIZE"]):
+        assert time.monotonic() < deadline, "not all ranks have come"
+        time.sleep(STEP_S)
 
     def publish(state: str, **more: object) -> None:
         rundir.publish_json(attempt.train, record | {"state": state, "step": step} | more)

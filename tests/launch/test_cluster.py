@@ -1,5 +1,6 @@
 """Profiles: what they may say, what `auto` becomes, what submitit is told."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def test_sinfo_is_read() -> None:
     [
         ({}, 4, 48, "there are nodes with 4, 8"),
         ({"gpus_per_node": 8}, 8, 96, ""),
-        ({"gpus_per_node": 2}, 2, 32, ""),
+        ({"gpus_per_node": 2}, 2, 24, ""),
         ({"partition": "cpu"}, 0, 32, ""),
         ({"partition": "two", "cpus_per_task": 7}, 4, 7, ""),
     ],
@@ -160,7 +161,7 @@ def test_no_slurm_is_no_answer(place: Path) -> None:
     assert cluster.ask_slurm(1) is None
 
 
-def test_a_slurm_that_hangs_is_no_answer(slurm, place: Path) -> None:  # noqa: ANN001
+def test_a_slurm_that_hangs_is_no_answer(slurm: Callable[[str, str], None]) -> None:
     assert isinstance(cluster.ask_slurm(5), Slurm)
     slurm("sinfo", "exec /bin/sleep 60")
     assert cluster.ask_slurm(0.2) is None

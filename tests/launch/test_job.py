@@ -1,5 +1,6 @@
 """NodeJob under submitit's local executor, several simulated nodes, with a stand-in for torchrun and trainer."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_a_second_term_ends_it(run: RunDir, start: Callable[..., Any]) -> None:
     until(lambda: read(run.attempt(0).train).get("step", 0) > 0)
     (run.path / "lost").touch()  # the trainer hangs in a collective
     controller.terminate()
-    until(lambda: (run.path / "lost").exists())
+    until(lambda: "asked to stop" in logs(run))
     controller.terminate()
     controller.wait(30)
     assert read(run.attempt(0).job)["state"] == "failed"
@@ -166,7 +167,7 @@ def in_slurm(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launch_job, "PATIENCE_S", 1.0)
+    monkeypatch.setitem(launch_job.PATIENCE_S, "slurm", 1.0)
     return tmp_path / "calls"
 
 
@@ -187,14 +188,14 @@ def test_an_attempt_is_counted_by_slurm(
     assert (record["job_id"], record["hosts"], record["port"]) == ("4711", ["localhost"], torchrun.port("4711", attempt))
 
 
-class usr2_kept:  # noqa: N801
+@contextlib.contextmanager
+def usr2_kept() -> Iterator[None]:
     """The job takes over USR2 of this process."""
-
-    def __enter__(self) -> None:
-        self.before = signal.getsignal(signal.SIGUSR2)
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGUSR2, self.before)
+    before = signal.getsignal(signal.SIGUSR2)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def under_submitit(run: RunDir, job: NodeJob) -> "subprocess.Popen[bytes]":
@@ -223,16 +224,13 @@ def test_usr2_saves_before_the_requeue(run: RunDir, in_slurm: Path, monkeypatch:
 
 
 def test_usr2_does_not_requeue_a_run_that_is_done_by_then(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The trainer finishes without noticing.
-    monkeypatch.setenv("STANDIN", json.dumps({"steps": 200}))
+    monkeypatch.setenv("STANDIN", json.dumps({"steps": 40, "deaf": True}))
     process = under_submitit(run, node_job(run))
     until(lambda: read(run.attempt(0).train).get("step", 0) > 0)
-    job = read(run.attempt(0).train)
-    rundir.publish_json(run.path / "done.json", job)
-    process.send_signal(signal.SIGTERM)  # submitit bypasses it
-    (run.path / "asked").unlink(missing_ok=True)
+    process.send_signal(signal.SIGUSR2)
     assert process.wait(30) == 0, (run.path / "node.out").read_text()
-    assert rundir.state(run)["state"] == "done"
+    assert "Calling checkpoint method" in (run.path / "node.out").read_text()
+    assert read(run.attempt(0).job)["state"] == "done"
     assert not in_slurm.exists()
 
 

@@ -22,7 +22,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in HERE.items():
         monkeypatch.setenv(name, value)
     root = tmp_path / "checkout"
-    for name in ("launch/job.py", "vitdist/train.py", "vitdist/gone.py", "configs/a.yaml", "slurm/run.sh", "README.md", "pyproject.toml"):
+    parts = ("launch/job.py", "vitdist/train.py", "vitdist/gone.py", "configs/a.yaml", "slurm/run.sh", "pyproject.toml")
+    for name in (*parts, "README.md"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"{name}\n")
     (root / "slurm/run.sh").chmod(0o755)

@@ -1,0 +1,461 @@
+"""The command: what it prints, what it refuses, what it leaves behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import submit as launch_submit
+from tests.launch.conftest import ROOT, SUBMIT, submit
+from vitdist import config, rundir
+from vitdist.rundir import RunDir
+
+Put = Callable[[str, str], None]
+GOLDEN = ROOT / "tests" / "golden" / "sbatch_4nodes.sh"
+PROFILE = """\
+partition: gpu
+account: vision
+gpus_per_node: 8
+cpus_per_task: 96
+time: "12:00:00"
+setup: [module load cuda/13.0]
+"""
+
+
+def tree(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime for path in folder.rglob("*")}
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command, run in this process."""
+    try:
+        code = launch_submit.main(list(arguments), launcher="standin")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# ---- dry run ---------------------------------------------------------------------------------------
+
+
+def test_the_sbatch_script_is_the_golden_one(place: Path) -> None:
+    (place / "mine.yaml").write_text(PROFILE)
+    before = tree(place)
+    done = submit("--config", "tiny.yaml", "--cluster", "mine.yaml", "--nodes", "4", "--name", "vit", "--dry-run")
+    assert done.returncode == 0
+    text = done.stdout.replace(sys.executable, "PYTHON").replace(str(place), "PLACE")
+    assert text == GOLDEN.read_text()
+    assert tree(place) == before
+    # Not in reach of a SLURM: told, but a dry run refuses only settings.
+    assert "error: sbatch, srun, scontrol: not in PATH" in done.stderr
+
+
+def test_a_dry_run_is_what_will_be_submitted(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "mine.yaml").write_text(PROFILE)
+    slurm("sbatch", f"/bin/cat $1 > {place}/sent.sh; echo Submitted batch job 4711")
+    arguments = ["--config", "tiny.yaml", "--cluster", "mine.yaml", "--nodes", "4", "--name", "vit", "train.epochs=3"]
+    code, script, _ = in_process(capsys, *arguments, "--dry-run")
+    assert code == 0
+    assert not (place / "runs").exists()
+    code, out, _ = in_process(capsys, *arguments)
+    run = RunDir(place / "runs" / "vit")
+    assert code == 0
+    assert script == run.submit.read_text() == (place / "sent.sh").read_text()
+    assert "job 4711: 4 nodes with 8 ranks each" in out
+    assert str(run.path) in out
+    assert f"tail -F {run.attempt(0).rank_log(0, 0)}" in out
+
+
+def test_a_dry_run_here_is_a_script_of_torchruns(place: Path) -> None:
+    before = tree(place)
+    done = submit("--config", "tiny.yaml", "--nodes", "2", "--name", "x", "--dry-run", "--cluster", "local")
+    assert done.returncode == 0
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert done.stdout.count(" -m torch.distributed.run --nnodes 2 ") == 2
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+    assert tree(place) == before
+
+
+def test_findings_of_a_dry_run_are_on_stderr(place: Path) -> None:
+    (place / "shards" / "val" / "index.json").unlink()
+    done = submit("--config", "tiny.yaml", "--nodes", "2", "--name", "x", "--dry-run")
+    assert done.returncode == 0
+    assert "no SLURM and no GPU here: tiny.yaml on 2 local CPU workers" in done.stderr
+    assert f"error: data.val: {place}/shards/val: its shards have no index; run: vitdist index {place}/shards/val" in done.stderr
+    assert "error" not in done.stdout
+
+
+def test_a_dry_run_takes_less_than_a_second(place: Path) -> None:
+    (place / "mine.yaml").write_text(PROFILE)
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        submit("--config", "tiny.yaml", "--cluster", "mine.yaml", "--nodes", "4", "--name", "vit", "--dry-run")
+        times.append(time.monotonic() - began)
+    assert min(times) < 1, times
+
+
+def test_no_heavy_library_is_imported(place: Path) -> None:
+    code = (
+        "import sys; from launch import submit, job, follow, snapshot; "
+        "submit.main(['--config', 'tiny.yaml', '--dry-run', '--cluster', 'local']); "
+        "print([m for m in ('torch', 'numpy', 'deepspeed', 'transformers', 'webdataset', 'wandb') if m in sys.modules])"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_is_complete(place: Path) -> None:
+    text = submit("--help").stdout
+    for option in ("--config", "--nodes", "--cluster", "--name", "--time", "--runs", "--dry-run", "--follow"):
+        assert option in text
+    for name, _, _, explanation in config.flat(config.Config):
+        assert name in text
+        assert " ".join(explanation.split()) in text
+
+
+def test_it_runs_from_any_folder(place: Path) -> None:
+    elsewhere = place / "else where"
+    elsewhere.mkdir()
+    done = submit("--config", "configs/demo.yaml", "--cluster", "slurm/default.yaml", "--name", "x", "--dry-run", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert f"'{elsewhere}/runs/x/code'" in done.stdout
+
+
+# ---- which place, which recipe ---------------------------------------------------------------------
+
+
+def plan(*arguments: str) -> launch_submit.Plan:
+    return launch_submit.make_plan(launch_submit._parser().parse_intermixed_args(list(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "nodes", "each", "said"),
+    [
+        (1, "0,1,2,3", 1, 4, "1 simulated node on this machine's 4 GPUs, 4 each"),
+        (2, "0,1,2,3", 2, 2, "2 simulated nodes on this machine's 4 GPUs, 2 each"),
+        (8, "0,1,2,3", 4, 1, "8 nodes asked, capped to 4 on this machine's 4 GPUs, 1 each"),
+        (2, "0,1,2", 2, 1, "1 each, 1 left idle"),
+    ],
+)
+def test_gpus_without_slurm(
+    place: Path, monkeypatch: pytest.MonkeyPatch, asked: int, gpus: str, nodes: int, each: int, said: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    found = plan("--nodes", str(asked))
+    assert found.source.name == "vit_large.yaml"
+    assert (found.nodes, found.processes, found.cluster) == (nodes, each, None)
+    assert said in found.notes[0]
+
+
+def test_neither_slurm_nor_gpu(place: Path) -> None:
+    found = plan("--nodes", "4")
+    assert found.source.name == "demo.yaml"
+    assert (found.nodes, found.processes) == (4, 1)
+    assert found.notes == ("no SLURM and no GPU here: configs/demo.yaml on 4 local CPU workers",)
+
+
+def test_slurm_is_taken_where_it_answers(slurm: Put, place: Path) -> None:
+    found = plan("--nodes", "4")
+    assert found.source.name == "vit_large.yaml"
+    assert found.cluster
+    assert (found.nodes, found.processes, found.cluster.cpus_per_task) == (4, 8, 96)
+    slurm("sinfo", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert plan("--nodes", "4").cluster is None
+
+
+# ---- bad input -------------------------------------------------------------------------------------
+
+REFUSED = {
+    "unknown setting": (["optim.ler=1"], r"error: tiny.yaml: unusable settings\n  optim.ler: unknown setting; did you mean optim.lr\?"),
+    "wrong type": (["optim.lr=fast"], r"optim.lr: input should be a valid number, not 'fast'"),
+    "no override": (["--nodes", "2", "fast"], r"'fast': an override is written section.name=value"),
+    "missing config": (["--config", "tinny.yaml"], r"tinny.yaml: no such file; did you mean tiny.yaml\?"),
+    "missing profile": (["--cluster", "slurm/mars.yaml"], r"mars.yaml: no such file"),
+    "batch does not divide": (["--nodes", "3"], r"train.global_batch 64 does not divide over 3 ranks: use 63 or 66"),
+    "no nodes": (["--nodes", "0"], r"error: --nodes 0: at least 1"),
+    "negative nodes": (["--nodes=-2"], r"error: --nodes -2: at least 1"),
+    "nodes in words": (["--nodes", "four"], r"error: argument --nodes: invalid int value: 'four'; see --help"),
+    "bad time": (["--time", "soon"], r"error: time 'soon': write minutes"),
+    "bad name": (["--name", "../x"], r"error: run name '../x': use 1 to 100 letters"),
+    "odd folder": (["--runs", "a%j"], r"error: --runs 'a%j': SLURM cannot write logs"),
+    "unknown option": (["--gpus", "2"], r"error: unrecognized arguments: --gpus"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
+def test_bad_input_is_refused_and_leaves_nothing(
+    case: str, dry: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, said = REFUSED[case]
+    before = tree(place)
+    config_ = [] if "--config" in arguments else ["--config", "tiny.yaml"]
+    code, out, err = in_process(capsys, *config_, *arguments, *dry)
+    assert code == 2
+    assert re.search(said, err), err
+    assert out == ""
+    assert "Traceback" not in err
+    assert tree(place) == before
+
+
+def test_all_faults_are_told_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = in_process(
+        capsys, "--config", "tiny.yaml", "--nodes", "0", "--time", "soon", "optim.lr=-1", "train.epoch=2"
+    )
+    assert code == 2
+    for name in ("--nodes 0", "time 'soon'", "optim.lr", "train.epoch"):
+        assert name in err
+
+
+def test_no_traceback_as_a_command(place: Path) -> None:
+    done = submit("--config", "tiny.yaml", "optim.ler=1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: tiny.yaml: unusable settings\n  optim.ler: unknown setting; did you mean optim.lr?\n"
+
+
+def break_shards(place: Path, how: str) -> None:
+    train, val = place / "shards" / "train", place / "shards" / "val"
+    if how == "folder":
+        train.rename(place / "shards" / "old")
+    elif how == "tars":
+        (train / "000.tar").unlink()
+    elif how == "index":
+        (train / "index.json").unlink()
+    elif how == "torn":
+        (train / "index.json").write_text("{")
+    elif how == "empty":
+        (train / "index.json").write_text('{"samples": 0, "classes": []}')
+    elif how == "classes":
+        (val / "index.json").write_text(json.dumps({"samples": 9, "classes": ["cat", "bird"]}))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("folder", r"no such folder; to make it of pictures run: vitdist pack FOLDER \S+/shards"),
+        ("tars", r"holds no shards \(\*.tar\); if it holds pictures, run: vitdist pack \S+/shards/train OUT"),
+        ("index", r"its shards have no index; run: vitdist index \S+/shards/train"),
+        ("torn", r"index.json cannot be read"),
+        ("empty", r"its index names no pictures"),
+        ("classes", r"data.train and data.val differ in the classes bird, dog: pack both with one `vitdist pack FOLDER OUT`"),
+    ],
+)
+def test_shards_are_looked_at(how: str, said: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    break_shards(place, how)
+    before = tree(place)
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
+    assert code == 2
+    assert re.search(said, err), err
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize(
+    ("profile", "arguments", "said"),
+    [
+        ("partition: gpux", [], r"error: partition gpux: this cluster has none of that name; did you mean gpu\?"),
+        ("partition: gpu", ["--nodes", "8"], r"error: --nodes 8: partition gpu has 4 nodes with 8 GPUs"),
+        ("partition: gpu", ["--time", "5-00:00:00"], r"error: time 5-00:00:00: partition gpu allows 2880 minutes"),
+        ("partition: gpu", ["--time", "3"], r"error: \S+: unusable settings\n  time 3 is too short to start and to save in"),
+        ('partition: "gpu$(id)"', [], r"partition: string should match pattern"),
+    ],
+)
+def test_the_profile_is_checked(
+    slurm: Put, place: Path, capsys: pytest.CaptureFixture[str], profile: str, arguments: list[str], said: str
+) -> None:
+    (place / "mine.yaml").write_text(profile)
+    before = tree(place)
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--cluster", "mine.yaml", "--name", "x", *arguments)
+    assert code == 2
+    assert re.search(said, err), err
+    assert tree(place) == before
+
+
+def test_what_sbatch_says_is_shown_and_nothing_is_left(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm("sbatch", "echo 'sbatch: error: Invalid account or account/partition combination specified' >&2; exit 1")
+    before = tree(place)
+    code, out, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
+    assert code == 2
+    assert out == ""
+    said = "error: SLURM refused the job: sbatch: error: Invalid account or account/partition combination specified"
+    assert err.splitlines()[-1] == said
+    assert tree(place) == before
+
+
+def test_runs_that_is_a_file_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--runs", "tiny.yaml")
+    assert code == 2
+    assert "tiny.yaml is a file; choose another folder" in err
+
+
+# ---- the run folder --------------------------------------------------------------------------------
+
+
+def test_what_a_submission_leaves(slurm: Put, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm("sbatch", f"env > {place}/env; pwd > {place}/pwd; echo Submitted batch job 4711")
+    for name in ("SLURM_CPU_BIND", "SLURM_JOB_ID", "SBATCH_PARTITION", "RANK", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "secret-or-stale")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x", "--nodes", "2", "optim.lr=3e-4")
+    assert code == 0
+    assert "SBATCH_PARTITION of your shell would override the script and is left out" in err
+    run = RunDir(place / "runs" / "x")
+    settings = config.load(run.config)
+    assert settings.data.train == str(place / "shards" / "train")
+    assert settings.optim.lr == 3e-4
+    where = yaml.safe_load(run.cluster.read_text())
+    assert (where["scheduler"], where["nodes"], where["processes"]) == ("slurm", 2, 8)
+    assert where["profile"]["gpus_per_node"] == 8
+    assert (run.code / "launch" / "job.py").read_bytes() == (ROOT / "launch" / "job.py").read_bytes()
+    assert json.loads(run.env.read_text())["argv"][:3] == ["launch/submit.py", "--config", "tiny.yaml"]
+    assert run.submitit.stat().st_mode & 0o777 == 0o700
+    # What sbatch hands on to the job.
+    env = dict(line.split("=", 1) for line in (place / "env").read_text().splitlines() if "=" in line)
+    assert env["SLURM_CONF"] == "/etc/slurm.conf"
+    assert not {"SLURM_CPU_BIND", "SLURM_JOB_ID", "SBATCH_PARTITION", "RANK"} & set(env)
+    assert env["PYTHONPATH"].split(":")[0] == str(run.code)
+    assert (place / "pwd").read_text().strip() == str(run.code)
+    assert os.environ["SLURM_CPU_BIND"] == "secret-or-stale"
+    for path in run.path.rglob("*"):
+        assert path.is_dir() or b"secret-or-stale" not in path.read_bytes(), path
+
+
+def test_a_job_that_is_queued_is_not_submitted_twice(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--config", "tiny.yaml", "--name", "x")
+    assert in_process(capsys, *arguments)[0] == 0
+    code, _, err = in_process(capsys, *arguments)
+    assert code == 2
+    assert "is job 4711 already, PENDING (Resources): add --follow to watch it, or first scancel 4711" in err
+    slurm("squeue", "true")
+    code, _, err = in_process(capsys, *arguments)
+    assert code == 0
+    assert "exists with the same settings: continues at attempt 0" in err
+
+
+def test_a_failed_continuation_leaves_the_run_as_it_was(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--config", "tiny.yaml", "--name", "x")
+    assert in_process(capsys, *arguments)[0] == 0
+    slurm("squeue", "true")
+    slurm("sbatch", "echo no >&2; exit 1")
+    before = set(tree(place))
+    assert in_process(capsys, *arguments)[0] == 2
+    assert set(tree(place)) - before == {str(place / "runs" / "x" / ".lock")}
+
+
+def finished(place: Path, state: str) -> RunDir:
+    """A run of the recipe whose first attempt ended so."""
+    run = RunDir(place / "runs" / "x")
+    settings = config.with_absolute_paths(config.load("tiny.yaml"))
+    rundir.publish(run.config, config.to_yaml(settings))
+    rundir.publish_json(run.attempt(0).train, {"attempt": 0, "state": state, "step": 7, "total_steps": 9})
+    return run
+
+
+def test_other_settings_are_another_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(place, "stopped")
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x", "optim.lr=0.5", "train.seed=3")
+    assert code == 2
+    assert "exists with other settings: choose another --name" in err
+    assert "train.seed: 0 -> 3\n  optim.lr: 0.001 -> 0.5" in err
+
+
+def test_a_done_run_points_at_its_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(place, "done")
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
+    assert code == 0
+    assert f"is done; its report is {run.report}" in err
+
+
+def test_a_run_that_is_being_trained_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with rundir.only_writer(finished(place, "running")):
+        code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
+    assert code == 2
+    assert "is being trained by another process" in err
+
+
+def test_a_folder_that_is_no_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "runs" / "x").mkdir(parents=True)
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
+    assert code == 2
+    assert "exists and is no run folder: choose another --name, or remove it" in err
+
+
+# ---- the whole chain on this machine, with the stand-in ----------------------------------------------
+
+
+def test_a_local_run_ends_with_a_table(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = launch_submit.main(["--config", "tiny.yaml", "--nodes", "2", "--name", "x"], launcher="standin")
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    for shown in ("top-1", "96.00 %", "0.950", "1,234", "0:01:01"):
+        assert shown in out
+    assert "x: 8/8  loss 0.1250  done" in out
+    run = RunDir(place / "runs" / "x")
+    assert rundir.read_json(run.attempt(0).job)["state"] == "done"  # type: ignore[index]
+    # The trainers ran the run's own copy of the code.
+    assert str(run.code) in run.attempt(0).rank_log(1, 1).read_text()
+
+
+def test_a_local_failure_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("STANDIN", json.dumps({"refuse": "shards without pictures"}))
+    code = launch_submit.main(["--config", "tiny.yaml", "--name", "x"], launcher="standin")
+    assert code == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "error: ValueError: shards without pictures (rank 0, step 0)"
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C of a terminal: SIGINT to every process of its group."""
+    code = "import sys; from launch import submit; sys.exit(submit.main(sys.argv[1:], launcher='standin'))"
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "STANDIN": json.dumps({"until_asked": True}),
+    }  # fmt: skip
+    arguments = ["--config", "tiny.yaml", "--nodes", "2", "--name", "x"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    run = RunDir(place / "runs" / "x")
+    deadline = time.monotonic() + 20
+    while (rundir.read_json(run.attempt(0).train) or {}).get("step", 0) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert "stopping: the run saves a checkpoint first" in said
+    assert re.search(r"stopped at step \d+ of 8, checkpoint saved; the same command with --name x goes on from there", said)
+    reached = rundir.read_json(run.attempt(0).train)["step"]  # type: ignore[index]
+    monkeypatch.setenv("STANDIN", json.dumps({"steps": reached + 2}))
+    assert launch_submit.main(arguments, launcher="standin") == 0
+    assert "continues at attempt 1" in capfd.readouterr().err
+    assert rundir.read_json(run.attempt(1).train)["resumed_from"] == reached  # type: ignore[index]
+
+
+def test_following_slurm_tells_the_end(slurm: Put, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """sbatch runs the script's command on the spot, as a cluster of one idle node would."""
+    slurm("srun", 'while [[ "$1" == --* ]]; do [[ "$1" == --output ]] && shift; shift; done; exec "$@"')
+    slurm(
+        "sbatch",
+        f"""n=({place}/runs/x/submitit/*.pkl); cp "$n" {place}/runs/x/submitit/4711_submitted.pkl
+export SLURM_JOB_ID=4711 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_JOB_NODELIST=localhost
+bash $1 > {place}/job.out 2>&1 & echo Submitted batch job 4711""",
+    )
+    slurm("squeue", "echo 'RUNNING|None'")
+    (place / "mine.yaml").write_text("{gpus_per_node: 0, cpus_per_task: 1}")
+    arguments = ["--config", "tiny.yaml", "--cluster", "mine.yaml", "--name", "x", "--follow"]
+    code = launch_submit.main(arguments, launcher="standin")
+    out, err = capfd.readouterr()
+    assert code == 0, err + (place / "job.out").read_text()
+    assert "96.00 %" in out
+    assert rundir.read_json(RunDir(place / "runs" / "x").attempt(0).job)["scheduler"] == "slurm"  # type: ignore[index]
+    assert SUBMIT.exists()

@@ -1,0 +1,391 @@
+"""The report page: pure parts, escaping, missing pieces, and that it loads nothing from anywhere.
+
+pytest tests/vitdist/test_report.py
+"""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import tarfile
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitdist import config, report, rundir
+from vitdist.data import index
+from vitdist.rundir import RunDir
+
+NAMES = ["<script>alert(1)</script>", 'a "quoted" & long_name_' + "x" * 80, "Übergang"]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the contents of scripts and styles, and the text that is seen."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.charts: list[dict[str, Any]] = []
+        self.text = self.style = self._kind = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._kind = "chart" if dict(attrs).get("type") == "application/json" else tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._kind = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._kind == "script":
+            self.scripts.append(data)
+        elif self._kind == "chart":
+            self.charts.append(
+                json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+            )
+        elif self._kind == "style":
+            self.style += data
+        else:
+            self.text += data
+
+    def seen(self) -> str:
+        return " ".join(self.text.split())
+
+
+def make_shards(folder: Path, labels: list[int], names: list[str]) -> None:
+    folder.mkdir(parents=True)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(picture, "png")
+    with tarfile.open(folder / "000.tar", "w") as tar:
+        for i, label in enumerate(labels):
+            for extension, data in (("png", picture.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{i:04d}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    index.build(folder, names, workers=1)
+
+
+def make_run(folder: Path, names: list[str] = NAMES, **record: Any) -> RunDir:
+    """A run of 200 steps; `record` changes what its trainer wrote."""
+    run = RunDir(folder / "runs" / "tiny")
+    run.path.mkdir(parents=True)
+    labels = [i % len(names) for i in range(max(12, len(names)))]
+    for part in ("train", "val"):
+        make_shards(folder / part, labels, names)
+    run.config.write_text(
+        config.to_yaml(
+            config.parse(
+                config.Config,
+                {
+                    "data": {"train": str(folder / "train"), "val": str(folder / "val"), "flip": 0.0},
+                    "model": {"scratch": {}, "image_size": 32},
+                    "train": {"global_batch": 8, "steps": 200},
+                },
+                "test",
+            )
+        )
+    )
+    rundir.publish_json(
+        run.env, {"commit": "0123456789abcdef", "dirty": True, "host": "login", "argv": ["a", "b c"]}
+    )
+    rows = [
+        {
+            "attempt": 0,
+            "time": 1.8e9 + s,
+            "train/global_step": s,
+            "train/loss": 1 / s,
+            "lr/00_embeddings": 1e-4 * s,
+            "lr/01_head": 1e-3 * s,
+            "optim/grad_norm": 1.0,
+            "optim/loss_scale": 2.0 ** (s // 50),
+            "optim/skipped_steps": 1,
+            "perf/images_per_s": 100.0,
+            "perf/data_wait_pct": 1.0,
+            "perf/eta_s": 200.0 - s,
+        }
+        for s in range(1, 201)
+    ]
+    rows += [
+        {"attempt": 0, "train/global_step": s, "val/loss": 1.0, "val/top1": s / 200, "val/macro_f1": 0.5}
+        for s in (100, 200)
+    ]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predicted = [(label + (i == 0)) % len(names) for i, label in enumerate(labels)]
+    confusion = np.zeros((len(names), len(names)), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    scores = {"top1": 0.9166, "macro_f1": 0.915, "balanced_accuracy": 0.91}
+    per_class = [{"name": n, "support": 4, "precision": 0.5, "recall": 0.5, "f1": 0.5} for n in names]
+    rundir.publish_json(
+        run.evaluation,
+        {
+            "step": 200,
+            "metrics": scores,
+            "classes": names,
+            "confusion": confusion.tolist(),
+            "per_class": per_class,
+        },
+    )
+    np.savez(
+        run.predictions,
+        ids=np.arange(len(labels)),
+        labels=labels,
+        predicted=predicted,
+        confidence=np.full(len(labels), 0.7),
+    )
+    data = index.Index.open(folder / "train").summary()
+    rundir.publish_json(
+        run.attempt(0).train,
+        {
+            "attempt": 0,
+            "state": "done",
+            "step": 200,
+            "total_steps": 200,
+            "world": 2,
+            "threads": 3,
+            "device": "CPU",
+            "precision": "fp16",
+            "zero": 2,
+            "started": "2026-11-23T09:00:00+00:00",
+            "ended": "2026-11-23T11:00:00+00:00",
+            "batch": {"global_batch": 8, "micro_batch": 4, "accumulation": 1, "world": 2},
+            "resumed_from": None,
+            "data": {"train": data, "val": data},
+            "model": {"name": "ViT", "weights": "random", "parameters": 9, "trainable": 9},
+            "groups": [
+                {"name": "01_head", "lr_scale": 1.0, "weight_decay": 0.05, "tensors": 2, "parameters": 9}
+            ],
+            "summary": scores | {"images_per_s": 100.0, "seconds": 7200.0},
+            **record,
+        },
+    )
+    return run
+
+
+def made(run: RunDir) -> Page:
+    return Page(report.write(run).read_text(encoding="utf-8"))
+
+
+# ---- pure parts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 99, 100, 101, 5_000, 100_001])
+def test_thinning_keeps_ends_and_spikes(length: int) -> None:
+    points = [(i, float(np.sin(i))) for i in range(length)]
+    if length > 200:
+        points[137], points[150] = (137, 50.0), (150, -50.0)
+    kept = report.thin(points, 100)
+    assert len(kept) <= 100 and kept == sorted(set(kept)) and set(kept) <= set(points)
+    assert kept[:1] == points[:1] and kept[-1:] == points[-1:]
+    if length > 200:
+        assert {(137, 50.0), (150, -50.0)} <= set(kept)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"),
+        (59.7, "1 min"),
+        (200, "3 min 20 s"),
+        (3600, "1 h"),
+        (18_610, "5 h 10 min"),
+        (183_600, "2 d 3 h"),
+    ],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert report.duration(seconds) == words
+
+
+def test_most_confused_pairs_come_first_and_hits_never() -> None:
+    pairs = report.confused(np.array([[5, 1, 0], [0, 2, 6], [0, 0, 9]]))
+    assert pairs == [(1, 2, 6, 0.75), (0, 1, 1, 1 / 6)]
+
+
+def test_settings_that_differ_from_the_defaults() -> None:
+    given = {
+        "data": {"train": "a", "val": "b", "flip": 0.5},
+        "optim": {"lr": 0.1},
+        "model": {"scratch": None},
+    }
+    assert report.differing(given) == [
+        ("data.train", "a", "required"),
+        ("data.val", "b", "required"),
+        ("optim.lr", 0.1, 0.001),
+    ]
+
+
+GOOD = "91.7% of the validation samples are classified right (top-1), macro-F1 0.915"
+
+
+@pytest.mark.parametrize(
+    ("record", "word", "sentence"),
+    [
+        ({}, "finished", f"Trained to the end, 200 steps in 2 h: {GOOD}."),
+        (
+            {"state": "stopped", "reason": "SIGUSR2"},
+            "stopped",
+            "Stopped at step 200 of 200 by SIGUSR2; it can go on from its last checkpoint. "
+            f"At the newest evaluation {GOOD}.",
+        ),
+        (
+            {"state": "failed", "error": {"type": "ValueError", "message": "no.", "rank": 1, "step": 3}},
+            "failed",
+            f"Failed at step 200 of 200 on rank 1. ValueError: no. At the newest evaluation {GOOD}.",
+        ),
+        (
+            {"state": "failed"},
+            "failed",
+            f"Failed at step 200 of 200. No cause is recorded. At the newest evaluation {GOOD}.",
+        ),
+        (
+            {"state": "running", "ended": None},
+            "running",
+            f"At step 200 of 200, about 0 s left. At the newest evaluation {GOOD}.",
+        ),
+    ],
+)
+def test_verdict(tmp_path: Path, record: dict[str, Any], word: str, sentence: str) -> None:
+    run = make_run(tmp_path, **record)
+    assert report.verdict(report.read(run)) == (word, sentence)
+    assert sentence in made(run).seen()
+
+
+def test_cost_counts_every_rank_and_thread(tmp_path: Path) -> None:
+    facts = report.read(make_run(tmp_path))
+    assert report.cost(facts) == ("12", "CPU core-hours")
+    facts.record["device"] = "NVIDIA H200"
+    assert report.cost(facts) == ("4", "GPU-hours")
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+
+def test_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    page = made(run)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form"), tag
+        for name in ("src", "href", "srcset", "data", "poster"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, name)
+    assert not re.search(r"url\(|@import", page.style)
+    policy = next(
+        a["content"] or "" for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe-eval" not in policy
+    assert len(page.scripts) == 2
+    for script in page.scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert run.report.stat().st_size < 3_000_000
+
+
+def test_class_names_are_text_everywhere(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    page = made(run)
+    assert "<script>alert(1)" not in run.report.read_text(encoding="utf-8")
+    assert page.seen().count(NAMES[0]) >= 4  # bars, scores, matrix, pictures
+    assert all("alert" not in script for script in page.scripts[1:])
+
+
+def test_page_is_accessible(tmp_path: Path) -> None:
+    page = made(make_run(tmp_path))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
+    assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("table") == tags.count("caption") and ("html", {"lang": "en"}) in page.tags
+    assert all(chart["about"] for chart in page.charts)
+
+
+def test_charts_hold_the_curves_without_nan(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with open(run.metrics, "a") as file:
+        file.write(
+            json.dumps(
+                {"attempt": 0, "train/global_step": 201, "train/loss": math.nan, "optim/grad_norm": math.inf}
+            )
+        )
+        file.write('\n{"attempt": 0, "trai')
+    charts = {tuple(chart["curves"]): chart for chart in made(run).charts}
+    assert charts["training", "validation"]["curves"]["validation"] == [[100, 200], [1.0, 1.0]]
+    assert charts["01_head", "00_embeddings"]["fan"] and charts["01_head", "00_embeddings"]["log"]
+    assert charts["training", "validation"]["curves"]["training"][0][-1] == 200
+    assert ("loss scale",) in charts and ("skipped",) in charts
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "evaluation.json",
+        "predictions.npz",
+        "attempts/0/train.json",
+    ],
+)
+def test_missing_pieces_are_left_out(tmp_path: Path, missing: str) -> None:
+    run = make_run(tmp_path)
+    (run.path / missing).unlink()
+    assert "Reproduce" in made(run).seen()
+
+
+def test_an_empty_run_folder_gets_a_page(tmp_path: Path) -> None:
+    assert "Nothing has been trained yet." in made(RunDir(tmp_path)).seen()
+
+
+def test_shards_that_went_away_take_only_the_pictures(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (tmp_path / "val" / "000.tar").unlink()
+    assert (
+        "1 of 12 validation samples are classified wrong; their pictures cannot be read here"
+        in made(run).seen()
+    )
+
+
+def test_mistakes_are_shown_enlarged_without_blur(tmp_path: Path) -> None:
+    page = made(make_run(tmp_path))
+    (source,) = [a["src"] or "" for tag, a in page.tags if tag == "img"]
+    picture = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
+    assert picture.size == (96, 96) and picture.getcolors() == [(96 * 96, (200, 30, 30))]
+
+
+def test_restarts_are_told_and_marked(tmp_path: Path) -> None:
+    run = make_run(tmp_path, state="running", ended=None)
+    later = {
+        "state": "done",
+        "step": 300,
+        "total_steps": 300,
+        "resumed_from": 150,
+        "started": "2027-01-15T08:10:00+00:00",
+    }
+    rundir.publish_json(run.attempt(1).train, later | {"ended": "2027-01-15T08:20:00+00:00"})
+    page = made(run)
+    assert "Start 0 ended without a word" in page.seen()
+    assert "Steps 0 to 200. 50 of them were done again by the next start." in page.seen()
+    assert all(chart["restarts"] == [[150, "start 1"]] for chart in page.charts)
+
+
+@pytest.mark.parametrize(("classes", "table"), [(1, False), (20, True), (21, False), (450, False)])
+def test_confusion_matrix_suits_the_number_of_classes(tmp_path: Path, classes: int, table: bool) -> None:
+    run = make_run(tmp_path, [f"class {i}" for i in range(classes)])
+    page = made(run)
+    assert any(a.get("class") == "confusion" for _, a in page.tags) == table
+    assert any(a.get("class") == "matrix" for _, a in page.tags) == (classes > 20)
+    assert run.report.stat().st_size < 3_000_000
+
+
+def test_report_imports_no_torch() -> None:
+    code = "import sys, vitdist.report; assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
