@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Not in the images of PyTorch that clusters offer; deepspeed is pure Python with DS_BUILD_OPS=0.
+# Beside deepspeed, not in the images of PyTorch that clusters offer.
 LACKING = [
-    "deepspeed",
     "webdataset",
     "braceexpand",
     "hjson",
@@ -41,14 +40,15 @@ LACKING = [
 CEILING_TFLOPS = 790.0
 
 
-def fetch_wheels(folder: Path) -> None:
-    """Put wheels of LACKING into `folder`."""
+def fetch_wheels(folder: Path, python: str) -> None:
+    """Put wheels of LACKING for that version of Python on x86-64 Linux into `folder`."""
+    pip = [sys.executable, "-m", "pip"]
+    platforms = [flag for minor in (17, 27, 28) for flag in ("--platform", f"manylinux_2_{minor}_x86_64")]
+    foreign = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
+    subprocess.run([*pip, "download", "--quiet", "--no-deps", *foreign, "-d", folder, *LACKING], check=True)
+    # No wheel is published; without its compiled operators it is pure Python.
     environment = {**os.environ, "DS_BUILD_OPS": "0"}
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, *LACKING],
-        env=environment,
-        check=True,
-    )
+    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "-w", folder, "deepspeed"], env=environment, check=True)
     print(f"{len(list(folder.glob('*.whl')))} wheels in {folder}")
 
 
@@ -224,28 +224,27 @@ def child(arguments: list[str], limit: float) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    print(
-        "ZeRO     mode batch  source  images/s  MFU %    GiB wait %   scale  loss"
+HEAD = "ZeRO     mode batch  source  images/s  MFU %    GiB wait %   scale  loss"
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    mode = "compiled" if row["compile"] else "eager"
+    head = f"{row['zero']:>4} {mode:>8} {row['batch']:>5} {row['source']:>7} "
+    if "error" in row:
+        return head + row["error"]
+    mfu, memory = (f"{row[name]:.1f}" if row[name] is not None else "-" for name in ("mfu_pct", "memory_gib"))
+    return head + (
+        f"{row['images_per_s']:>9.1f} {mfu:>6} {memory:>6} {row['data_wait_pct']:>6.1f} {row['loss_scale']:>7.0f}  "
+        f"{row['first_loss']:.3f} -> {row['last_loss']:.3f}"
     )
-    for r in rows:
-        head = f"{r['zero']:>4} {'compiled' if r['compile'] else 'eager':>8} {r['batch']:>5} {r['source']:>7} "
-        if "error" in r:
-            print(head + r["error"])
-            continue
-        mfu = f"{r['mfu_pct']:.1f}" if r["mfu_pct"] is not None else "-"
-        memory = f"{r['memory_gib']:.1f}" if r["memory_gib"] is not None else "-"
-        print(
-            head
-            + f"{r['images_per_s']:>9.1f} {mfu:>6} {memory:>6} {r['data_wait_pct']:>6.1f} {r['loss_scale']:>7.0f}  "
-            f"{r['first_loss']:.3f} -> {r['last_loss']:.3f}"
-        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="*", help="wheels DIR: fetch wheels; nothing: measure")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
+    parser.add_argument("--python", default="3.12", help="the GPU machine's Python, for wheels (default 3.12)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, also on a CPU")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop starting cases after this long (default 8)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -253,7 +252,7 @@ def main() -> int:
     parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.command[:1] == ["wheels"] and len(args.command) == 2:
-        fetch_wheels(Path(args.command[1]))
+        fetch_wheels(Path(args.command[1]), args.python)
         return 0
     if args.command:
         parser.error("the only command is: wheels DIR")
@@ -280,14 +279,14 @@ def benchmark(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         make_shards(Path(folder), 64 if args.tiny else 4096)
+        print(HEAD)
         for case in cases(args.tiny):
             if time.monotonic() - begun > 60 * args.minutes:
                 print(f"left out after {args.minutes} minutes: {case}")
                 continue
             found = child([*flags, "--case", json.dumps(case), "--shards", str(Path(folder) / "shards")], 240)
             rows.append(case | found)
-            show(rows[-1:]) if len(rows) == 1 else print(end="", flush=True)
-    show(rows)
+            print(line(rows[-1]), flush=True)
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": "tiny" if args.tiny else "ViT-L/16 at 224 px",

@@ -169,7 +169,6 @@ def conclude(run: RunDir, job: Job, since: int) -> int:
         print(f"error: the job ended ({job.state()}) before it began{where}", file=sys.stderr)
         return EXIT_FAILED
     ended = rundir.read_json(attempts[-1].job) or {}
-    cause = ended.get("cause") or node_job.cause(attempts[-1])
-    word = f" ({job.state()})" if isinstance(job, Slurm) and state == "running" else ""
-    print(f"error: {cause}{word}", file=sys.stderr)
+    cause = ended.get("cause") or f"{node_job.cause(attempts[-1])} (job: {job.state()})"
+    print(f"error: {cause}", file=sys.stderr)
     return EXIT_FAILED

@@ -360,7 +360,7 @@ def data_uri(picture: Image.Image, form: str = "PNG") -> str:
 def page(facts: Facts) -> str:
     """The whole page as text."""
     here = Path(__file__)
-    scripts = [vl_convert.javascript_bundle(), here.with_suffix(".js").read_text(encoding="utf-8")]
+    scripts = [vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), here.with_suffix(".js").read_text(encoding="utf-8")]
     # Only these two may run and nothing may be loaded, whatever a class is called.
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
@@ -456,6 +456,7 @@ def curves(facts: Facts) -> Markup:
     """Losses and validation quality over the run."""
     top1, best = max(((v, -s) for s, v in facts.series("val/top1")), default=(0.0, 0))
     dashed = " Dashed: a restart from a checkpoint." if len(facts.starts) > 1 else ""
+    instead = "The charts need JavaScript; their numbers are in metrics.jsonl."
     loss = {"training": "train/loss", "validation": "val/loss"}
     quality = {"top-1": "val/top1", "macro-F1": "val/macro_f1"}
     figures = pair(
@@ -463,7 +464,7 @@ def curves(facts: Facts) -> Markup:
         chart(facts, "Quality", f"Best top-1 {percent(top1)}, at step {-best:,}.", quality, format="~%"),
     )
     hint = "Point at a curve for its numbers; zoom with Ctrl and the wheel, back with a double click."
-    bare = wrap("<noscript>{}</noscript>", note("The charts need JavaScript; their numbers are in metrics.jsonl."))
+    bare = wrap("<noscript>{}</noscript>", note(instead))
     return section("Learning curves", *([bare, figures, note(hint)] if figures else []))
 
 
