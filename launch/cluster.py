@@ -1,7 +1,9 @@
 """Where a run goes: a profile (slurm/*.yaml) -> what submitit is told; SLURM if there is one, else this machine.
 
     cluster, notes = resolve(parse(Cluster, read_yaml("slurm/default.yaml"), ...), ask_slurm(10))
-    submitit_parameters(cluster, nodes=4, name="vit", run=RunDir(...))      # pure
+    submitit_parameters(cluster, nodes=4, name="vit", run=RunDir(...))
+
+The second is pure; the first is too, given what SLURM answers.
 """
 
 import difflib
@@ -94,10 +96,10 @@ def minutes(time: int | str) -> int:
     match = _CLOCK.fullmatch(str(time))
     parts = [int(part) for part in match["clock"].split(":")] if match else []
     if match and match["days"]:
-        hours, mins, seconds = [*parts, 0, 0][:3]
-        hours += 24 * int(match["days"])
-    else:
-        hours, mins, seconds = {0: (0, 0, 0), 1: (0, *parts, 0), 2: (0, *parts), 3: tuple(parts)}[len(parts)]
+        parts = [24 * int(match["days"]) + parts[0], *parts[1:], 0, 0][:3]
+    elif len(parts) < 3:
+        parts = [0, *parts, 0, 0][:3]
+    hours, mins, seconds = parts
     total = hours * 60 + mins + -(-seconds // 60)
     if total < 1:
         raise ValueError(f"time {time!r}: write minutes (720), HH:MM:SS (12:00:00) or D-HH:MM:SS (2-00:00:00)")
@@ -110,7 +112,7 @@ def minutes(time: int | str) -> int:
 class Nodes(NamedTuple):
     """Some nodes of a partition that are alike."""
 
-    count: int
+    number: int
     cpus: int
     gpus: int
     minutes: int | None
@@ -199,7 +201,7 @@ def resolve(cluster: Cluster, slurm: Slurm | None) -> tuple[Cluster, list[str]]:
             notes.append(f"gpus_per_node: not known here, {gpus} assumed; write the number into the profile")
         elif len(kinds) > 1:
             shown = ", ".join(map(str, kinds))
-            notes.append(f"gpus_per_node: there are nodes with {shown}, {gpus} taken; the profile can say another number")
+            notes.append(f"gpus_per_node: there are nodes with {shown}, {gpus} taken; the profile may say more")
     if cpus == "auto":
         able = [kind for kind in nodes if kind.gpus >= gpus]
         if able:

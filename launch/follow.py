@@ -71,9 +71,17 @@ class Slurm:
 
 
 ENDED = {
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "PREEMPTED",
-}  # fmt: skip
-QUEUED = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STAGE_OUT", "RESIZING"}
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+    "PREEMPTED",
+}
+QUEUED = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STAGE_OUT"}
 
 
 class Rows:
@@ -130,8 +138,9 @@ def _records(run: RunDir, since: int) -> tuple[dict[str, Any], bool]:
     attempts = [attempt for attempt in run.attempts() if attempt.number >= since]
     if not attempts:
         return {}, False
-    ended = rundir.read_json(attempts[-1].job) or {}
-    return rundir.read_json(attempts[-1].train) or {}, ended.get("state") in ("done", "stopped", "failed", "refused")
+    job = rundir.read_json(attempts[-1].job) or {}
+    ended = job.get("state") in ("done", "stopped", "failed", "refused")
+    return rundir.read_json(attempts[-1].train) or {}, ended
 
 
 def _show(bar: console.Bar, rows: Rows, record: dict[str, Any], job: Job) -> None:
@@ -160,8 +169,10 @@ def conclude(run: RunDir, job: Job, since: int) -> int:
         console.final_table(run, record.get("summary") or {})
         return rundir.EXIT_DONE
     if state == "stopped":
-        print(f"stopped at step {record['step']} of {record['total_steps']}, checkpoint saved; the same command with "
-              f"--name {run.name} goes on from there")
+        print(
+            f"stopped at step {record['step']} of {record['total_steps']}, checkpoint saved; the same command with "
+            f"--name {run.name} goes on from there"
+        )
         return rundir.EXIT_STOPPED
     if not attempts:
         logs = sorted(run.submitit.glob("*_0_log.out"))

@@ -115,8 +115,15 @@ class NodeJob:
         node.find_master()
         node.check_port()
         command = torchrun.argv(
-            sys.executable, node.nodes, node.index, self.processes_per_node, node.master, node.port, self.run,
-            node.attempt.number, self.launcher,
+            sys.executable,
+            node.nodes,
+            node.index,
+            self.processes_per_node,
+            node.master,
+            node.port,
+            self.run,
+            node.attempt.number,
+            self.launcher,
         )
         env = dict(os.environ)
         code = str(node.run.code)
@@ -160,16 +167,26 @@ class Torchrun:
     def __init__(self, command: list[str], env: dict[str, str], cwd: Path, log: Path) -> None:
         self.stopping = False
         self._asks, self._next_ask, self._kill_at = 0, 0.0, float("inf")
+        self._trainers: dict[int, str] = {}
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as file:
             # A session of its own: a Ctrl-C of the terminal is ours to pass on, once.
             self._popen = subprocess.Popen(
-                command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=_ignore_usr2,
+                command,
+                env=env,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_ignore_usr2,
             )
 
     def poll(self) -> int | None:
-        return self._popen.poll()
+        code = self._popen.poll()
+        if code is not None:
+            self._clean()
+        return code
 
     def asked(self, number: int, frame: FrameType | None) -> None:
         """Handler of a simulated node: the first signal asks for a checkpoint, the second one ends the run."""
@@ -182,11 +199,14 @@ class Torchrun:
     def look_after(self) -> None:
         """Between two polls: repeat the wish to stop; kill what did not end when told to."""
         now = time.monotonic()
-        if self.stopping and now >= self._next_ask:
+        if now >= self._next_ask:
             self._next_ask = now + ASK_S
-            self._to_children(signal.SIGUSR2)
+            self._find_trainers()
+            if self.stopping:
+                self._send(signal.SIGUSR2)
         if now >= self._kill_at:
-            self._to_children(signal.SIGKILL)
+            self._find_trainers()
+            self._send(signal.SIGKILL)
             self._popen.kill()
 
     def end(self) -> None:
@@ -195,13 +215,31 @@ class Torchrun:
             self._kill_at = time.monotonic() + KILL_S
             self._popen.terminate()
 
-    def _to_children(self, number: signal.Signals) -> None:
-        # Every descendant has inherited the ignored USR2 but for the trainers, who handle it.
+    def _find_trainers(self) -> None:
         with contextlib.suppress(OSError):
             pid = self._popen.pid
-            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(child), number)
+            for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+                self._trainers[child] = _birth(child)
+
+    def _send(self, number: signal.Signals) -> None:
+        # Other children, if any, have inherited the ignored USR2; the trainers handle it.
+        for trainer, birth in self._trainers.items():
+            if birth and birth == _birth(trainer):  # the number may be another process's by now
+                os.kill(trainer, number)
+
+    def _clean(self) -> None:
+        """A torchrun that was killed leaves its trainers, each in a session of its own, on the GPUs."""
+        self._send(signal.SIGKILL)
+        self._trainers.clear()
+
+
+def _birth(pid: int) -> str:
+    """When a process was started, in the kernel's ticks; "" if it is gone or only waits to be reaped."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else rest[18]
 
 
 def _ignore_usr2() -> None:
@@ -268,11 +306,20 @@ class Node:
         rundir.publish_json(
             self.attempt.job,
             {
-                "attempt": self.attempt.number, "scheduler": self.kind, "job_id": self.job_id, "hosts": self.hosts,
-                "nodes": self.nodes, "processes": self.processes, "master": self.master, "port": self.port,
-                "started": self._started, "ended": ended, "state": state, "cause": cause,
+                "attempt": self.attempt.number,
+                "scheduler": self.kind,
+                "job_id": self.job_id,
+                "hosts": self.hosts,
+                "nodes": self.nodes,
+                "processes": self.processes,
+                "master": self.master,
+                "port": self.port,
+                "started": self._started,
+                "ended": ended,
+                "state": state,
+                "cause": cause,
             },
-        )  # fmt: skip
+        )
 
     def others(self) -> list[dict[str, Any] | None]:
         """What the other nodes have recorded of their end."""
@@ -349,7 +396,9 @@ def _address(host: str) -> str:
         found = re.search(r"\bNodeAddr=(\S+)", shown.stdout)
         if found and found[1] != host:
             return found[1]
-    raise RunFailed(f"the name of the first node, {host}, does not resolve on {socket.gethostname()}: mend DNS or /etc/hosts")
+    raise RunFailed(
+        f"the first node's name, {host}, does not resolve on {socket.gethostname()}: mend DNS or /etc/hosts"
+    )
 
 
 def slurm_state(job_id: str) -> str:
@@ -390,7 +439,7 @@ def _cause(attempt: Attempt) -> tuple[str, bool]:
     if error := record.get("error"):
         text = f"{error['type']}: {_one_line(error['message'])} (rank {error['rank']}, step {error['step']})"
         told.append((bool(_PEER_GONE.search(text)), 0.0, text))
-    logs = sorted(attempt.path.glob("logs/node-*/torchrun.log"), key=lambda log: int(log.parent.name.removeprefix("node-")))
+    logs = sorted(attempt.path.glob("logs/node-*/torchrun.log"), key=lambda log: int(log.parent.name[len("node-") :]))
     for log in logs:
         for failure in torchrun.failures(_read(log)):
             # Rank 0's own words stand in its record.

@@ -48,7 +48,8 @@ def shards(settings: Config) -> list[Finding]:
         if fault:
             found.append(Finding("refuse", f"data.{name}: {fault}"))
         elif not record.get("samples"):
-            found.append(Finding("refuse", f"data.{name}: {folder}: its index names no pictures; run: vitdist index {folder}"))
+            empty = f"data.{name}: {folder}: its index names no pictures; run: vitdist index {folder}"
+            found.append(Finding("refuse", empty))
         else:
             classes[name] = record.get("classes", [])
     if len(classes) == 2 and classes["train"] != classes["val"]:
@@ -97,7 +98,8 @@ def sbatch() -> list[Finding]:
     absent = [name for name in ("sbatch", "srun", "scontrol") if not shutil.which(name)]
     if not absent:
         return []
-    return [Finding("refuse", f"{', '.join(absent)}: not in PATH; submit on a login node of the cluster, or use --cluster local")]
+    names = ", ".join(absent)
+    return [Finding("refuse", f"{names}: not in PATH; submit on a login node of the cluster, or use --cluster local")]
 
 
 def partition(cluster: Cluster, slurm: Slurm | None) -> list[Finding]:
@@ -118,12 +120,13 @@ def capacity(cluster: Cluster, nodes: int, slurm: Slurm | None) -> list[Finding]
         return []
     name = cluster.partition or (slurm.default if slurm else None)
     found: list[Finding] = []
-    able = sum(kind.count for kind in kinds if kind.gpus >= cluster.gpus_per_node)
+    able = sum(kind.number for kind in kinds if kind.gpus >= cluster.gpus_per_node)
     if able < nodes:
         what = f" with {cluster.gpus_per_node} GPUs" if cluster.gpus_per_node else ""
         found.append(Finding("refuse", f"--nodes {nodes}: partition {name} has {able} nodes{what}"))
     longest = [kind.minutes for kind in kinds if kind.minutes is not None]
     if longest and cluster.minutes > max(longest):
         limit = max(longest)
-        found.append(Finding("refuse", f"time {cluster.time}: partition {name} allows {limit} minutes; use --time {limit}"))
+        what = f"time {cluster.time}: partition {name} allows {limit} minutes; use --time {limit}"
+        found.append(Finding("refuse", what))
     return found

@@ -25,7 +25,10 @@ PARTS = ("launch", "vitdist", "configs", "slurm", "pyproject.toml")
 MAX_BYTES = 1_000_000
 """Larger files are data that strayed into the checkout."""
 KEYS = (".pem", ".key", ".p12", ".pfx")
-PACKAGES = ("torch", "torchvision", "transformers", "deepspeed", "webdataset", "wandb", "submitit", "pydantic", "numpy", "pillow")
+PACKAGES = (
+    *("torch", "torchvision", "transformers", "deepspeed", "webdataset", "wandb"),
+    *("submitit", "pydantic", "numpy", "pillow"),
+)
 
 
 def take(root: Path, run: RunDir, argv: Sequence[str]) -> None:

@@ -127,15 +127,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"settings (section.name=value overrides the file):\n{config.describe(Config)}".replace("%", "%%"),
     )
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings over those of the file")
-    parser.add_argument("--config", help="what to train (default: configs/vit_large.yaml; configs/demo.yaml without SLURM and GPU)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes; simulated where there is no SLURM (default 1)")
+    recipes = "what to train (default: configs/vit_large.yaml; configs/demo.yaml without SLURM and GPU)"
+    parser.add_argument("--config", help=recipes)
+    parser.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="simulated where there is no SLURM (default 1)"
+    )
     places = "auto (slurm/default.yaml where SLURM answers, else local), local, or a profile slurm/NAME.yaml"
     parser.add_argument("--cluster", default="auto", help=places)
     parser.add_argument("--name", help="name of run folder and job (default: CONFIG-UTC); one that exists is continued")
     parser.add_argument("--time", help="limit of one start: minutes, HH:MM:SS or D-HH:MM:SS (default: the profile's)")
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders lie (default: runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the script that would run, write nothing")
-    parser.add_argument("--follow", action="store_true", help="show progress until the run ends (always so without SLURM)")
+    parser.add_argument("--follow", action="store_true", help="show progress until the end (always so without SLURM)")
     return parser
 
 
@@ -191,9 +194,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
         notes = [f"warning: {note}" for note in assumed] + _ignored()
     config.split_batch(settings.train, nodes * processes)
     return Plan(
-        source=source, settings=settings, nodes=nodes, processes=processes, cluster=profile, slurm=slurm,
-        devices=tuple(devices), minutes=minutes, notes=tuple(notes),
-    )  # fmt: skip
+        source=source,
+        settings=settings,
+        nodes=nodes,
+        processes=processes,
+        cluster=profile,
+        slurm=slurm,
+        devices=tuple(devices),
+        minutes=minutes,
+        notes=tuple(notes),
+    )
 
 
 def _profile(path: str, time: str | None) -> Cluster:
@@ -221,8 +231,8 @@ def _place(args: argparse.Namespace, local: bool, devices: list[str], source: st
 
 def _ignored() -> list[str]:
     odd = sorted(name for name in os.environ if name.startswith("SBATCH_"))
-    names = ", ".join(odd)
-    return [f"warning: {names} of your shell would override the script and is left out; put it into the profile"] if odd else []
+    what = f"{', '.join(odd)} of your shell would override the script and is left out; put it into the profile"
+    return [f"warning: {what}"] if odd else []
 
 
 # ---- a run that exists -----------------------------------------------------------------------------
@@ -234,7 +244,8 @@ def _same_settings(run: RunDir, settings: Config) -> None:
     changed = config.difference(config.load(run.config), settings)
     if changed:
         shown = "\n  ".join(changed)
-        raise SettingsError(f"{run.path} exists with other settings: choose another --name, or take these back\n  {shown}")
+        what = f"{run.path} exists with other settings: choose another --name, or take these back"
+        raise SettingsError(f"{what}\n  {shown}")
 
 
 def _already(run: RunDir, wanted: bool) -> int | None:
@@ -252,7 +263,8 @@ def _already(run: RunDir, wanted: bool) -> int | None:
             if wanted:
                 _say(f"{run.path} is job {job_id} already: {state}")
                 return _follow_slurm(run, job_id, max(0, run.next_attempt() - 1))
-            raise SettingsError(f"{run.path} is job {job_id} already, {state}: add --follow to watch it, or first scancel {job_id}")
+            way_out = f"add --follow to watch it, or first scancel {job_id}"
+            raise SettingsError(f"{run.path} is job {job_id} already, {state}: {way_out}")
     try:
         with rundir.only_writer(run):
             return None
@@ -286,8 +298,9 @@ def _local_script(plan: Plan, run: RunDir, attempt: int) -> str:
     lines = ["#!/bin/bash", f"# {plan.nodes} simulated nodes of {run.path}", *clusters.setup_lines(run, [])]
     for node in range(plan.nodes):
         devices = ",".join(plan.devices[node * plan.processes :][: plan.processes])
+        port = local_port(run, attempt)
         command = torchrun.argv(
-            sys.executable, plan.nodes, node, plan.processes, torchrun.LOCAL, local_port(run, attempt), str(run.path), attempt
+            sys.executable, plan.nodes, node, plan.processes, torchrun.LOCAL, port, str(run.path), attempt
         )
         lines.append(f"CUDA_VISIBLE_DEVICES={devices} {shlex.join(command)} &")
     return "\n".join([*lines, "wait", ""])
@@ -366,7 +379,7 @@ def _to_slurm(plan: Plan, run: RunDir, attempt: int, given: list[str], wanted: b
     from launch.job import NodeJob
 
     assert plan.cluster
-    job = NodeJob(str(run.path), plan.processes, attempt, "slurm", signal_delay_s=plan.signal_delay_s, launcher=launcher)
+    job = NodeJob(str(run.path), plan.processes, attempt, "slurm", (), plan.signal_delay_s, launcher)
     try:
         with _run_folder(plan, run, attempt, given), _clean_environment(run):
             # Time limits and preemptions are no failures: they are not counted.
@@ -376,7 +389,8 @@ def _to_slurm(plan: Plan, run: RunDir, attempt: int, given: list[str], wanted: b
     except submitit.core.utils.FailedJobError as error:
         raise SettingsError(f"SLURM refused the job: {' '.join(str(error).split())}") from None
     where = f", partition {plan.cluster.partition}" if plan.cluster.partition else ""
-    print(f"job {sent.job_id}: {plan.nodes} nodes with {plan.processes} ranks each{where}, {plan.minutes} minutes a start")
+    size = f"{plan.nodes} nodes with {plan.processes} ranks each"
+    print(f"job {sent.job_id}: {size}{where}, {plan.minutes} minutes a start")
     print(f"run folder  {run.path}")
     if wanted:
         return _follow_slurm(run, sent.job_id, attempt)
@@ -391,7 +405,8 @@ def _follow_slurm(run: RunDir, job_id: str, since: int) -> int:
     try:
         return follow.follow(run, follow.Slurm(job_id), since)
     except KeyboardInterrupt:
-        _say(f"job {job_id} goes on; the same command with --name {run.name} --follow watches it, scancel {job_id} ends it")
+        again = f"the same command with --name {run.name} --follow watches it"
+        _say(f"job {job_id} goes on; {again}, scancel {job_id} ends it")
         return 130
 
 
@@ -405,7 +420,10 @@ def _to_this_machine(plan: Plan, run: RunDir, attempt: int, given: list[str], la
     with _run_folder(plan, run, attempt, given), _clean_environment(run), _deaf_children():
         executor = submitit.LocalExecutor(run.submitit)
         executor.update_parameters(
-            tasks_per_node=plan.nodes, timeout_min=plan.minutes, signal_delay_s=plan.signal_delay_s, stderr_to_stdout=True
+            tasks_per_node=plan.nodes,
+            timeout_min=plan.minutes,
+            signal_delay_s=plan.signal_delay_s,
+            stderr_to_stdout=True,
         )
         sent = executor.submit(job)
     controller = sent._process

@@ -27,20 +27,39 @@ def port(job_id: str, attempt: int) -> int:
 
 
 def argv(
-    python: str, nodes: int, node_rank: int, processes: int, master: str, port: int, run_dir: str, attempt: int,
+    python: str,
+    nodes: int,
+    node_rank: int,
+    processes: int,
+    master: str,
+    port: int,
+    run_dir: str,
+    attempt: int,
     launcher: str = LAUNCHER,
 ) -> list[str]:
     """The command that starts the trainers of one node. `launcher`: a module with torchrun's flags."""
     return [
-        python, "-m", launcher,
-        "--nnodes", str(nodes),
-        "--node-rank", str(node_rank),
-        "--nproc-per-node", str(processes),
-        "--master-addr", master,
-        "--master-port", str(port),
-        "--max-restarts", "0",
-        "-m", TRAINER, run_dir, "--attempt", str(attempt),
-    ]  # fmt: skip
+        python,
+        "-m",
+        launcher,
+        "--nnodes",
+        str(nodes),
+        "--node-rank",
+        str(node_rank),
+        "--nproc-per-node",
+        str(processes),
+        "--master-addr",
+        master,
+        "--master-port",
+        str(port),
+        "--max-restarts",
+        "0",
+        "-m",
+        TRAINER,
+        run_dir,
+        "--attempt",
+        str(attempt),
+    ]
 
 
 class Failure(NamedTuple):

@@ -35,8 +35,13 @@ class Bar:
             self._rich.start()
 
     def update(
-        self, step: int, total: int, loss: float | None = None, images_per_s: float | None = None,
-        eta_s: float | None = None, phase: str = "",
+        self,
+        step: int,
+        total: int,
+        loss: float | None = None,
+        images_per_s: float | None = None,
+        eta_s: float | None = None,
+        phase: str = "",
     ) -> None:
         """Show `step` of `total` (0: not known yet) with what figures there are."""
         figures = _figures(step, total, loss, images_per_s, eta_s, phase)

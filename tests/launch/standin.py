@@ -2,8 +2,14 @@
 
     python -m standin --nnodes 2 --node-rank 0 ... -m vitdist.train RUN_DIR --attempt 0
 
-STANDIN in the environment says what the ranks do, as JSON: {"steps": 8, "fail": {"rank": 2, "message": "..."},
-"hang": true (a rank that has lost another waits for ever, as NCCL does), "until_asked": true (no end but by a signal), "deaf": true (signals are not heard)}.
+STANDIN in the environment says what the ranks do, as JSON:
+
+    {"steps": 8}                                    how many there are
+    {"fail": {"rank": 2, "message": "..."}}         or {"rank": 2, "signal": 9}
+    {"refuse": "..."}                               rank 0 refuses the settings
+    {"until_asked": true}                           no end but by a signal
+    {"hang": true}                                  a rank that has lost another waits for ever, as NCCL does
+    {"deaf": true}                                  signals are not heard
 """
 
 import argparse
@@ -85,7 +91,9 @@ def worker(run: RunDir, attempt: Attempt) -> int:
             lost.touch()
             if "signal" in fault:
                 os.kill(os.getpid(), fault["signal"])
-            print(f"Traceback (most recent call last):\n  ...\nValueError: {fault['message']}\n[W socket.cpp] a warning")
+            print(
+                f"Traceback (most recent call last):\n  ...\nValueError: {fault['message']}\n[W socket.cpp] a warning"
+            )
             return 1
         if lost.exists() and not orders.get("hang"):
             print("RuntimeError: Connection closed by peer [127.0.0.1]:1234")
@@ -117,7 +125,9 @@ def _first(run: RunDir, attempt: Attempt, stopping: stop.StopRequest, orders: di
             step += 1
             publish("running")
             with open(run.metrics, "a") as rows:
-                rows.write(json.dumps({"attempt": attempt.number, "train/global_step": step, "train/loss": 1 / step}) + "\n")
+                rows.write(
+                    json.dumps({"attempt": attempt.number, "train/global_step": step, "train/loss": 1 / step}) + "\n"
+                )
             time.sleep(STEP_S)
             if stopping or (run.path / "asked").exists():
                 saved.parent.mkdir(exist_ok=True)

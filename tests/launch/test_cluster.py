@@ -71,7 +71,16 @@ def test_a_time_limit_leaves_room_to_save() -> None:
 
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("90", 90), (5, 5), ("30:00", 30), ("12:00:00", 720), ("1-12", 2160), ("2-01:30", 2970), ("1-00:00:01", 1441), ("0:30", 1)],
+    [
+        ("90", 90),
+        (5, 5),
+        ("30:00", 30),
+        ("12:00:00", 720),
+        ("1-12", 2160),
+        ("2-01:30", 2970),
+        ("1-00:00:01", 1441),
+        ("0:30", 1),
+    ],
 )
 def test_time_limits_are_slurms(text: int | str, minutes: int) -> None:
     assert cluster.minutes(text) == minutes
@@ -130,8 +139,17 @@ def test_auto_without_slurm_says_what_it_assumes() -> None:
 
 
 def test_parameters_of_submitit() -> None:
-    chosen = parse(partition="gpu", gpus_per_node=4, gpu_type="a100", cpus_per_task=48, mem_gb=500, exclusive=True, time="1:00:00",
-                   setup=["module load cuda"], srun_args=["--cpu-bind=none"])  # fmt: skip
+    chosen = parse(
+        partition="gpu",
+        gpus_per_node=4,
+        gpu_type="a100",
+        cpus_per_task=48,
+        mem_gb=500,
+        exclusive=True,
+        time="1:00:00",
+        setup=["module load cuda"],
+        srun_args=["--cpu-bind=none"],
+    )
     told = cluster.submitit_parameters(chosen, 2, "vit", RUN)
     assert told["gpus_per_node"] == "a100:4"
     assert told["additional_parameters"] == {"requeue": True, "mem": "500G"}
@@ -139,7 +157,9 @@ def test_parameters_of_submitit() -> None:
     assert (told["nodes"], told["ntasks_per_node"], told["time"], told["exclusive"]) == (2, 1, 60, True)
     assert told["setup"].index("module load cuda") < len(told["setup"]) - 1
     assert told["setup"][-1].startswith("export PYTHONPATH=/scratch/runs/vit/code")
-    gres = cluster.submitit_parameters(chosen.model_copy(update={"gpu_request": "gres", "mem_gb": "default"}), 2, "vit", RUN)
+    gres = cluster.submitit_parameters(
+        chosen.model_copy(update={"gpu_request": "gres", "mem_gb": "default"}), 2, "vit", RUN
+    )
     assert gres["gres"] == "gpu:a100:4"
     assert "gpus_per_node" not in gres
     assert "mem" not in gres["additional_parameters"]

@@ -42,7 +42,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 def start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Callable[..., "subprocess.Popen[bytes]"]:
     """Start simulated nodes; returns submitit's controller."""
 
-    def start(nodes: int = 2, processes: int = 2, devices: tuple[str, ...] = (), minutes: int = 10, **orders: object) -> Any:
+    def start(
+        nodes: int = 2, processes: int = 2, devices: tuple[str, ...] = (), minutes: int = 10, **orders: object
+    ) -> Any:
         monkeypatch.setenv("STANDIN", json.dumps(orders))
         job = NodeJob(str(run.path), processes, run.next_attempt(), "local", devices, launcher="standin")
         executor = submitit.LocalExecutor(run.submitit)
@@ -148,6 +150,16 @@ def test_a_second_term_ends_it(run: RunDir, start: Callable[..., Any]) -> None:
     controller.terminate()
     controller.wait(30)
     assert read(run.attempt(0).job)["state"] == "failed"
+    # The stand-in for torchrun dies of its first SIGTERM; what it leaves must not go on.
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(run.path) in _text(path)]
+    assert left == []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 # ---- what a real SLURM would do, step by step, in this process --------------------------------------
@@ -163,9 +175,14 @@ def in_slurm(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         (bin_folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
     for name, value in {
-        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_NTASKS": "1",
-        "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost",
-    }.items():  # fmt: skip
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_JOB_NODELIST": "localhost",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(launch_job.PATIENCE_S, "slurm", 1.0)
     return tmp_path / "calls"
@@ -185,7 +202,11 @@ def test_an_attempt_is_counted_by_slurm(
     with usr2_kept():
         assert job() == "done"
     record = read(run.attempt(attempt).job)
-    assert (record["job_id"], record["hosts"], record["port"]) == ("4711", ["localhost"], torchrun.port("4711", attempt))
+    assert (record["job_id"], record["hosts"], record["port"]) == (
+        "4711",
+        ["localhost"],
+        torchrun.port("4711", attempt),
+    )
 
 
 @contextlib.contextmanager
@@ -223,7 +244,9 @@ def test_usr2_saves_before_the_requeue(run: RunDir, in_slurm: Path, monkeypatch:
     assert again == node_job(run)
 
 
-def test_usr2_does_not_requeue_a_run_that_is_done_by_then(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usr2_does_not_requeue_a_run_that_is_done_by_then(
+    run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STANDIN", json.dumps({"steps": 40, "deaf": True}))
     process = under_submitit(run, node_job(run))
     until(lambda: read(run.attempt(0).train).get("step", 0) > 0)
@@ -244,7 +267,12 @@ def test_a_failure_is_raised_and_short(run: RunDir, in_slurm: Path, monkeypatch:
 
 def test_other_nodes_leave_a_stop_in_peace(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A code other than 0 would have srun kill the first node while it requeues."""
-    for name, value in {"SLURM_NODEID": "1", "SLURM_PROCID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2"}.items():
+    for name, value in {
+        "SLURM_NODEID": "1",
+        "SLURM_PROCID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS": "2",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost,other")
     process = under_submitit(run, node_job(run))

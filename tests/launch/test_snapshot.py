@@ -49,15 +49,23 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 EXPECTED = [
-    "configs/a.yaml", "configs/in.yaml", "launch/job.py", "pyproject.toml", "slurm/run.sh", "vitdist/new.py", "vitdist/train.py",
-]  # fmt: skip
+    "configs/a.yaml",
+    "configs/in.yaml",
+    "launch/job.py",
+    "pyproject.toml",
+    "slurm/run.sh",
+    "vitdist/new.py",
+    "vitdist/train.py",
+]
 
 
 def test_untracked_files_are_in_it_and_secrets_are_not(checkout: Path) -> None:
     assert [str(path) for path in snapshot.files(checkout)] == EXPECTED
 
 
-def test_a_snapshot_is_whole_and_tells_no_secret(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_is_whole_and_tells_no_secret(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-in-environment")
     run = RunDir(tmp_path / "runs" / "x")
     snapshot.take(checkout, run, ["launch/submit.py", "--nodes", "4"])

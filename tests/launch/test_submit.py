@@ -90,7 +90,10 @@ def test_findings_of_a_dry_run_are_on_stderr(place: Path) -> None:
     done = submit("--config", "tiny.yaml", "--nodes", "2", "--name", "x", "--dry-run")
     assert done.returncode == 0
     assert "no SLURM and no GPU here: tiny.yaml on 2 local CPU workers" in done.stderr
-    assert f"error: data.val: {place}/shards/val: its shards have no index; run: vitdist index {place}/shards/val" in done.stderr
+    assert (
+        f"error: data.val: {place}/shards/val: its shards have no index; run: vitdist index {place}/shards/val"
+        in done.stderr
+    )
     assert "error" not in done.stdout
 
 
@@ -127,7 +130,9 @@ def test_help_is_complete(place: Path) -> None:
 def test_it_runs_from_any_folder(place: Path) -> None:
     elsewhere = place / "else where"
     elsewhere.mkdir()
-    done = submit("--config", "configs/demo.yaml", "--cluster", "slurm/default.yaml", "--name", "x", "--dry-run", cwd=elsewhere)
+    done = submit(
+        "--config", "configs/demo.yaml", "--cluster", "slurm/default.yaml", "--name", "x", "--dry-run", cwd=elsewhere
+    )
     assert done.returncode == 0, done.stderr
     assert f"'{elsewhere}/runs/x/code'" in done.stdout
 
@@ -177,7 +182,10 @@ def test_slurm_is_taken_where_it_answers(slurm: Put, place: Path) -> None:
 # ---- bad input -------------------------------------------------------------------------------------
 
 REFUSED = {
-    "unknown setting": (["optim.ler=1"], r"error: tiny.yaml: unusable settings\n  optim.ler: unknown setting; did you mean optim.lr\?"),
+    "unknown setting": (
+        ["optim.ler=1"],
+        r"error: tiny.yaml: unusable settings\n  optim.ler: unknown setting; did you mean optim.lr\?",
+    ),
     "wrong type": (["optim.lr=fast"], r"optim.lr: input should be a valid number, not 'fast'"),
     "no override": (["--nodes", "2", "fast"], r"'fast': an override is written section.name=value"),
     "missing config": (["--config", "tinny.yaml"], r"tinny.yaml: no such file; did you mean tiny.yaml\?"),
@@ -249,7 +257,10 @@ def break_shards(place: Path, how: str) -> None:
         ("index", r"its shards have no index; run: vitdist index \S+/shards/train"),
         ("torn", r"index.json cannot be read"),
         ("empty", r"its index names no pictures"),
-        ("classes", r"data.train and data.val differ in the classes bird, dog: pack both with one `vitdist pack FOLDER OUT`"),
+        (
+            "classes",
+            r"data.train and data.val differ in the classes bird, dog: pack both with one `vitdist pack FOLDER OUT`",
+        ),
     ],
 )
 def test_shards_are_looked_at(how: str, said: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +278,11 @@ def test_shards_are_looked_at(how: str, said: str, place: Path, capsys: pytest.C
         ("partition: gpux", [], r"error: partition gpux: this cluster has none of that name; did you mean gpu\?"),
         ("partition: gpu", ["--nodes", "8"], r"error: --nodes 8: partition gpu has 4 nodes with 8 GPUs"),
         ("partition: gpu", ["--time", "5-00:00:00"], r"error: time 5-00:00:00: partition gpu allows 2880 minutes"),
-        ("partition: gpu", ["--time", "3"], r"error: \S+: unusable settings\n  time 3 is too short to start and to save in"),
+        (
+            "partition: gpu",
+            ["--time", "3"],
+            r"error: \S+: unusable settings\n  time 3 is too short to start and to save in",
+        ),
         ('partition: "gpu$(id)"', [], r"partition: string should match pattern"),
     ],
 )
@@ -282,7 +297,9 @@ def test_the_profile_is_checked(
     assert tree(place) == before
 
 
-def test_what_sbatch_says_is_shown_and_nothing_is_left(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_sbatch_says_is_shown_and_nothing_is_left(
+    slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm("sbatch", "echo 'sbatch: error: Invalid account or account/partition combination specified' >&2; exit 1")
     before = tree(place)
     code, out, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
@@ -302,7 +319,9 @@ def test_runs_that_is_a_file_is_refused(place: Path, capsys: pytest.CaptureFixtu
 # ---- the run folder --------------------------------------------------------------------------------
 
 
-def test_what_a_submission_leaves(slurm: Put, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_submission_leaves(
+    slurm: Put, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm("sbatch", f"env > {place}/env; pwd > {place}/pwd; echo Submitted batch job 4711")
     for name in ("SLURM_CPU_BIND", "SLURM_JOB_ID", "SBATCH_PARTITION", "RANK", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "secret-or-stale")
@@ -331,7 +350,9 @@ def test_what_a_submission_leaves(slurm: Put, place: Path, monkeypatch: pytest.M
         assert path.is_dir() or b"secret-or-stale" not in path.read_bytes(), path
 
 
-def test_a_job_that_is_queued_is_not_submitted_twice(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_is_queued_is_not_submitted_twice(
+    slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("--config", "tiny.yaml", "--name", "x")
     assert in_process(capsys, *arguments)[0] == 0
     code, _, err = in_process(capsys, *arguments)
@@ -343,7 +364,9 @@ def test_a_job_that_is_queued_is_not_submitted_twice(slurm: Put, place: Path, ca
     assert "exists with the same settings: continues at attempt 0" in err
 
 
-def test_a_failed_continuation_leaves_the_run_as_it_was(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_continuation_leaves_the_run_as_it_was(
+    slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("--config", "tiny.yaml", "--name", "x")
     assert in_process(capsys, *arguments)[0] == 0
     slurm("squeue", "true")
@@ -407,22 +430,32 @@ def test_a_local_run_ends_with_a_table(place: Path, capfd: pytest.CaptureFixture
     assert str(run.code) in run.attempt(0).rank_log(1, 1).read_text()
 
 
-def test_a_local_failure_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_local_failure_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("STANDIN", json.dumps({"refuse": "shards without pictures"}))
     code = launch_submit.main(["--config", "tiny.yaml", "--name", "x"], launcher="standin")
     assert code == 1
     assert capfd.readouterr().err.splitlines()[-1] == "error: ValueError: shards without pictures (rank 0, step 0)"
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Ctrl-C of a terminal: SIGINT to every process of its group."""
     code = "import sys; from launch import submit; sys.exit(submit.main(sys.argv[1:], launcher='standin'))"
     env = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "STANDIN": json.dumps({"until_asked": True}),
-    }  # fmt: skip
+        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+        "STANDIN": json.dumps({"until_asked": True}),
+    }
     arguments = ["--config", "tiny.yaml", "--nodes", "2", "--name", "x"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", code, *arguments],
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     run = RunDir(place / "runs" / "x")
     deadline = time.monotonic() + 20
@@ -433,7 +466,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(place: Path, monkeypatch: pyt
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 75, said
     assert "stopping: the run saves a checkpoint first" in said
-    assert re.search(r"stopped at step \d+ of 8, checkpoint saved; the same command with --name x goes on from there", said)
+    assert re.search(
+        r"stopped at step \d+ of 8, checkpoint saved; the same command with --name x goes on from there", said
+    )
     reached = rundir.read_json(run.attempt(0).train)["step"]  # type: ignore[index]
     monkeypatch.setenv("STANDIN", json.dumps({"steps": reached + 2}))
     assert launch_submit.main(arguments, launcher="standin") == 0

@@ -10,10 +10,27 @@ def test_argv_is_a_static_rendezvous(nodes: int) -> None:
     for node in range(nodes):
         command = torchrun.argv("py", nodes, node, 8, "node1", 12345, "/runs/a b", 3)
         assert command == [
-            "py", "-m", "torch.distributed.run", "--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", "8",
-            "--master-addr", "node1", "--master-port", "12345", "--max-restarts", "0",
-            "-m", "vitdist.train", "/runs/a b", "--attempt", "3",
-        ]  # fmt: skip
+            "py",
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            str(nodes),
+            "--node-rank",
+            str(node),
+            "--nproc-per-node",
+            "8",
+            "--master-addr",
+            "node1",
+            "--master-port",
+            "12345",
+            "--max-restarts",
+            "0",
+            "-m",
+            "vitdist.train",
+            "/runs/a b",
+            "--attempt",
+            "3",
+        ]
 
 
 def test_ports_are_below_the_ephemeral_range_and_differ_between_starts() -> None:
