@@ -199,13 +199,11 @@ class Torchrun:
     def look_after(self) -> None:
         """Between two polls: repeat the wish to stop; kill what did not end when told to."""
         now = time.monotonic()
-        if now >= self._next_ask:
+        self._find_trainers()
+        if self.stopping and now >= self._next_ask:
             self._next_ask = now + ASK_S
-            self._find_trainers()
-            if self.stopping:
-                self._send(signal.SIGUSR2)
+            self._send(signal.SIGUSR2)
         if now >= self._kill_at:
-            self._find_trainers()
             self._send(signal.SIGKILL)
             self._popen.kill()
 
@@ -219,13 +217,14 @@ class Torchrun:
         with contextlib.suppress(OSError):
             pid = self._popen.pid
             for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-                self._trainers[child] = _birth(child)
+                self._trainers.setdefault(child, _birth(child))
 
     def _send(self, number: signal.Signals) -> None:
         # Other children, if any, have inherited the ignored USR2; the trainers handle it.
-        for trainer, birth in self._trainers.items():
+        for trainer, birth in list(self._trainers.items()):
             if birth and birth == _birth(trainer):  # the number may be another process's by now
-                os.kill(trainer, number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(trainer, number)
 
     def _clean(self) -> None:
         """A torchrun that was killed leaves its trainers, each in a session of its own, on the GPUs."""
@@ -354,7 +353,7 @@ class Node:
             return "done"
         # On a shared file system the record of rank 0 may reach this node late; torchrun's log is this node's own.
         failed = torchrun.failures(_read(self.attempt.torchrun_log(self.index)))
-        left_after_saving = failed and all(f.code == rundir.EXIT_STOPPED for f in failed)
+        left_after_saving = failed and failed[0].code == rundir.EXIT_STOPPED
         return "stopped" if left_after_saving else "failed"
 
     def cause(self) -> str:
@@ -426,8 +425,8 @@ def cause(attempt: Attempt) -> str:
 
 # What a rank says when another one has gone: gloo, NCCL, TCPStore, torch's own.
 _PEER_GONE = re.compile(
-    r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process exited|socket (closed|timeout)"
-    r"|recvValue failed|sendBytes failed|NCCL error"
+    r"(?i)connection (was )?(likely )?(closed|reset|refused)|broken pipe|pair closure|timed out waiting"
+    r"|remote process exited|socket (closed|timeout|has timed out)|NCCL error"
 )
 _ERROR_LINE = re.compile(r"^(rank \d+: )?(error: |[A-Za-z_][\w.]*(Error|Exception|Exit|Failed|Interrupt)\b)")
 

@@ -8,6 +8,7 @@ on any node. Restarts are not torchrun's: SLURM requeues, or the user starts the
 
 import hashlib
 import re
+import signal
 from datetime import datetime
 from typing import NamedTuple
 
@@ -77,9 +78,14 @@ _FAILURE = re.compile(
 
 
 def failures(log: str) -> list[Failure]:
-    """Every failed rank that torchrun names in its log, the first failure first."""
-    found = (
+    """The failed ranks that torchrun names in its log, what it calls the root cause first.
+
+    Then it ends the others, with SIGTERM and 30 s later SIGKILL, and lists them too: those are left out.
+    """
+    found = [
         Failure(datetime.fromisoformat(m["time"].replace("_", "T")).timestamp(), int(m["rank"]), int(m["code"]))
         for m in _FAILURE.finditer(log)
-    )
-    return sorted(found)
+    ]
+    # The root cause stands last. Times are whole seconds and do not decide.
+    root = found[-1:]
+    return root + sorted(f for f in found[:-1] if f.code not in (-signal.SIGTERM, -signal.SIGKILL))

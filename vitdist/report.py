@@ -12,6 +12,7 @@ The page is one file that opens from disk without a network; report.css and repo
 # matplotlib's SVG (0.9 s of import) has fixed colours and answers to nothing.
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -52,6 +53,7 @@ class Start:
     number: int
     state: str
     why: str
+    where: str
     began: float | None
     ended: float | None
     first: int
@@ -111,12 +113,16 @@ def write(run: RunDir) -> Path:
 def read(run: RunDir) -> Facts:
     """Collect a run folder; missing files give empty records."""
     reached, attempts = _reached(run), run.attempts()
+    starts = [_start(a, a is attempts[-1], *reached.get(a.number, (0, None))) for a in attempts]
+    record = rundir.state(run)
+    if starts:  # a killed trainer's record says "running" for ever; the launcher may know more
+        record = {**record, "state": starts[-1].state}
     return Facts(
         run=run,
         settings=config.read_yaml(run.config) if run.config.exists() else {},
         env=rundir.read_json(run.env) or {},
-        record=rundir.state(run),
-        starts=[_start(a, a is attempts[-1], *reached.get(a.number, (0, None))) for a in attempts],
+        record=record,
+        starts=starts,
         rows=rundir.rows(run),
         evaluation=rundir.read_json(run.evaluation) or {},
     )
@@ -124,16 +130,21 @@ def read(run: RunDir) -> Facts:
 
 def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None) -> Start:
     record, job = rundir.read_json(attempt.train) or {}, rundir.read_json(attempt.job) or {}
-    state = record.get("state") or job.get("state") or "no record"
-    if state == "running" and not newest:
-        state = "lost"  # there is a later start, and this one did not live to say how it ended
+    state = record.get("state", "running")
+    if state == "running":
+        known = job.get("state") in ("done", "failed", "refused", "stopped", "requeued")
+        # lost: no one lived to say how it ended
+        state = job["state"] if known else "running" if newest else "lost"
     error, first = record.get("error"), record.get("resumed_from") or 0
-    why = f"{error['type']}: {error['message']}" if error else record.get("reason") or job.get("reason") or ""
+    why = f"{error['type']}: {error['message']}" if error else record.get("reason") or job.get("cause") or ""
+    hosts = job.get("hosts") or []
+    nodes = ", ".join(hosts[:8]) + (" ..." if hosts[8:] else "")
     began, ended = (record.get(key) or job.get(key) for key in ("started", "ended"))
     return Start(
         number=attempt.number,
         state=state,
-        why=str(why),
+        why=why,
+        where=f"Job {job['job_id']} on {nodes}" if hosts else "",
         began=datetime.fromisoformat(began).timestamp() if began else None,
         ended=datetime.fromisoformat(ended).timestamp() if ended else seen,
         first=first,
@@ -238,14 +249,13 @@ def verdict(facts: Facts) -> tuple[str, str]:
             took = f" in {duration(facts.seconds)}" if facts.seconds else ""
             starts = f" and {len(facts.starts)} starts" if len(facts.starts) > 1 else ""
             return "finished", f"Trained to the end, {step:,} steps{took}{starts}{good and ': '}{good}."
-        case "failed":
+        case "failed" | "refused":
             rank = f" on rank {error['rank']}" if error.get("rank") is not None else ""
-            cause = record.get("reason") or "No cause is recorded"
-            cause = f"{error['type']}: {error['message']}" if error else cause
+            cause = facts.starts[-1].why or "No cause is recorded"
             word, text = "failed", f"Failed at {place}{rank}. {cause.rstrip('.')}."
-        case "stopped":
-            word, reason = "stopped", record.get("reason") or "a request"
-            text = f"Stopped at {place} by {reason}; it can go on from its last checkpoint."
+        case "stopped" | "requeued":
+            word, why = "stopped", facts.starts[-1].why
+            text = f"Stopped at {place}{why and ' by '}{why}; it can go on from its last checkpoint."
         case "running":
             left = [f", about {duration(eta)} left" for _, eta in facts.series("perf/eta_s")[-1:]]
             word, text = "running", f"At {place}{''.join(left)}."
@@ -357,11 +367,16 @@ def data_uri(picture: Image.Image, form: str = "PNG") -> str:
 # ---- the page, section by section --------------------------------------------------------------
 
 
+@functools.cache
+def vega() -> str:
+    """Vega, Vega-Lite and vegaEmbed as one script; 1.8 s of work."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
 def page(facts: Facts) -> str:
     """The whole page as text."""
     here = Path(__file__)
-    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    scripts = [vega, here.with_suffix(".js").read_text(encoding="utf-8")]
+    scripts = [vega(), here.with_suffix(".js").read_text(encoding="utf-8")]
     # Only these two may run and nothing may be loaded, whatever a class is called.
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
@@ -410,7 +425,7 @@ def what_ran(facts: Facts) -> Markup:
     sets = {kind: facts.about("data").get(kind) or {} for kind in ("train", "val")}
     sizes = {k: f"{s['samples']:,} samples, digest {s['digest'][:12]}" for k, s in sets.items() if s}
     zero = f"ZeRO-{record['zero']}" if record.get("zero") else "every rank holds all"
-    versions = env.get("versions") or facts.about("versions")
+    versions = env.get("versions") or env.get("packages") or facts.about("versions")
     code = (env.get("commit") or "")[:12] + (" with uncommitted changes" if env.get("dirty") else "")
     settings = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
     split = "{global_batch} = {micro_batch} x {accumulation} x {world} ranks"
@@ -637,7 +652,7 @@ def starts(facts: Facts) -> Markup:
     items = []
     for start, following in zip(facts.starts, [*facts.starts[1:], None], strict=False):
         again = start.last - following.first if following else 0
-        told = [f"Steps {start.first:,} to {start.last:,}", start.why.rstrip(".")]
+        told = [f"Steps {start.first:,} to {start.last:,}", start.where, start.why.rstrip(".")]
         told += [f"{again:,} of them were done again by the next start"] if again > 0 else []
         when = f"{moment(start.began)}, {duration(start.seconds)}" if start.began else ""
         items.append(html(
@@ -650,6 +665,15 @@ def starts(facts: Facts) -> Markup:
     return section("Starts", wrap('<ol class="starts">{}</ol>', *items))
 
 
+def submission(env: Record, name: str) -> str:
+    """The command that submitted a run, for one of this name; empty if it was not submitted."""
+    argv = [str(part) for part in env.get("argv") or ()]
+    if not argv or not argv[0].endswith("submit.py"):
+        return ""
+    named = argv.index("--name") if "--name" in argv[:-1] else len(argv)
+    return shlex.join(["python", *argv[:named], *argv[named + 2 :], "--name", name])
+
+
 def commands(facts: Facts) -> Markup:
     """Files of the run, and the commands that make more of it."""
     run, env = facts.run, facts.env
@@ -658,13 +682,11 @@ def commands(facts: Facts) -> Markup:
         "settings": run.config, "script": run.submit, "figures": run.metrics, "evaluation": run.evaluation,
         "predictions": run.predictions, "checkpoints": run.checkpoints, "model": run.model, "code": run.code,
     }
-    started = shlex.join(map(str, env.get("argv") or ()))
-    started = f"python {started}" if started.split(" ")[0].endswith(".py") else started
     again = [f"git checkout {env['commit']}"] if env.get("commit") else []
     again += [f"git apply {at}/patch.diff"] if env.get("dirty") and run.patch.exists() else []
-    again += [started or f"torchrun --nproc-per-node {ranks} -m vitdist.train {at}/config.yaml"]
-    resume = f"torchrun --nproc-per-node {ranks} -m vitdist.train {at}"
-    resume = f"python launch/jobs.py resume {run.name}" if run.cluster.exists() else resume
+    direct = f"torchrun --nproc-per-node {ranks} -m vitdist.train {at}"
+    again += [submission(env, f"{run.name}-again") or f"{direct}/config.yaml"]
+    resume = submission(env, run.name) or direct
     use = f'classify = pipeline("image-classification", model={str(run.model)!r})'
     return section(
         "Files and commands",

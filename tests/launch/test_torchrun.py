@@ -42,12 +42,19 @@ def test_ports_are_below_the_ephemeral_range_and_differ_between_starts() -> None
     assert torchrun.port("4711", 0) != torchrun.port("4711", 1)
 
 
-# Written by torch 2.15
+# Written by torch 2.15, with ranks 0 and 3 added
 LOG = """
 ============================================================
 vitdist.train FAILED
 ------------------------------------------------------------
 Failures:
+[2]:
+  time      : 2026-11-23_22:57:38
+  host      : vm
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 4240)  (SIGTERM)
+  error_file: <N/A>
+  traceback : Signal 15 (SIGTERM) received by PID 4240
 [1]:
   time      : 2026-11-23_22:57:39
   host      : vm
@@ -68,7 +75,7 @@ Root Cause (first observed failure):
 """
 
 
-def test_failures_are_read_in_the_order_of_time() -> None:
+def test_the_root_cause_comes_first_and_what_torchrun_ended_is_left_out() -> None:
     first, second = torchrun.failures(LOG)
     assert (first.rank, first.code) == (2, -9)
     assert (second.rank, second.code) == (3, 75)

@@ -389,3 +389,23 @@ def test_confusion_matrix_suits_the_number_of_classes(tmp_path: Path, classes: i
 def test_report_imports_no_torch() -> None:
     code = "import sys, vitdist.report; assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_the_launcher_knows_of_ends_that_the_trainer_could_not_record(tmp_path: Path) -> None:
+    run = make_run(tmp_path, state="running", ended=None, summary=None)
+    job = {"state": "failed", "cause": "node2 went away", "job_id": "7", "hosts": ["node1", "node2"]}
+    rundir.publish_json(run.attempt(0).job, job)
+    page = made(run)
+    assert "Failed at step 200 of 200. node2 went away." in page.seen()
+    assert "Start 0 failed" in page.seen() and "Job 7 on node1, node2" in page.seen()
+
+
+def test_commands_resume_this_run_and_reproduce_another(tmp_path: Path) -> None:
+    env = {"argv": ["launch/submit.py", "--nodes", "2", "--name", "a", "optim.lr=1e-3"]}
+    assert report.submission(env, "b") == "python launch/submit.py --nodes 2 optim.lr=1e-3 --name b"
+    assert report.submission({"argv": ["vitdist/train.py"]}, "b") == report.submission({}, "b") == ""
+    run = make_run(tmp_path, state="stopped", reason="SIGTERM")
+    rundir.publish_json(run.env, {"argv": ["launch/submit.py"]})
+    seen = made(run).seen()
+    assert "Resumepython launch/submit.py --name tiny" in seen
+    assert "Reproducepython launch/submit.py --name tiny-again" in seen

@@ -1,0 +1,133 @@
+"""Whole runs on the real SLURM of slurm/dev-cluster: several nodes to the end; warned, saved, requeued, gone on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitdist import rundir
+from vitdist.rundir import RunDir
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slurm
+if not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin:/sbin") and not os.environ.get("CI"):
+    pytest.skip(
+        "SLURM is not installed: run 'sudo slurm/dev-cluster install' to enable these tests", allow_module_level=True
+    )
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """The environment of a user of a cluster of four nodes."""
+    folder = tempfile.mkdtemp(prefix="vitdist-", dir="/tmp")  # SLURM's paths must be short
+    command = [sys.executable, str(ROOT / "slurm" / "dev-cluster"), "--dir", folder]
+    started = subprocess.run([*command, "start", "4"], capture_output=True, text=True, timeout=120, check=False)
+    assert started.returncode == 0, started.stderr
+    conf = started.stdout.strip().removeprefix("export SLURM_CONF=")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "CUDA"))}
+    try:
+        yield clean | {"SLURM_CONF": conf.strip("'\""), "WANDB_MODE": "offline"}
+    finally:
+        subprocess.run([*command, "stop"], capture_output=True, timeout=60, check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(environment: dict[str, str], cwd: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+def told(run: RunDir) -> str:
+    """Everything that the jobs of a run have written, for a failing test."""
+    logs = [*run.path.glob("attempts/*/logs/*/*.log"), *run.path.glob("submitit/*_log.out")]
+    return "\n".join(f"--- {log}\n{log.read_text()[-2000:]}" for log in sorted(logs))
+
+
+def weights(run: RunDir) -> dict[str, torch.Tensor]:
+    return load_file(run.model / "model.safetensors")
+
+
+def test_four_nodes_train_to_the_end(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "four")
+    job = submit(environment, tmp_path, "--nodes", "4", "--config", str(recipe), "--name", "four", "--follow")
+    out, error = job.communicate(timeout=400)
+    assert job.returncode == 0, f"{out}{error}{told(run)}"
+    assert "top-1" in out
+    record = rundir.state(run)
+    assert record["state"] == "done"
+    assert record["world"] == 4
+    written = {str(path.relative_to(run.attempt(0).path)) for path in run.attempt(0).path.glob("logs/*/rank-*.log")}
+    assert written == {f"logs/node-{i}/rank-{i}.log" for i in range(4)}
+    launched = json.loads(run.attempt(0).job.read_text())
+    assert launched["scheduler"] == "slurm"
+    assert launched["hosts"] == ["node1", "node2", "node3", "node4"]
+    assert launched["state"] == "done"
+    assert run.submit.read_text().startswith("#!/bin/bash")
+    assert (run.code / "vitdist" / "train.py").exists()
+    assert run.report.exists()
+
+
+def test_a_warned_run_is_requeued_and_ends_the_same(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
+    """USR2, as SLURM sends it before the limit and at a preemption: save, requeue, go on, the same weights."""
+    length = ["train.steps=300", "checkpoint.every_steps=100", "evaluation.every_epochs=100"]
+    common = ["--nodes", "2", "--config", str(recipe), *length]
+    warned, straight = RunDir(tmp_path / "runs" / "warned"), RunDir(tmp_path / "runs" / "straight")
+    job = submit(environment, tmp_path, *common, "--name", "warned", "--follow")
+    until(lambda: len(rundir.rows(warned)) > 5 or job.poll() is not None, "no step was done")
+    launched = json.loads(warned.attempt(0).job.read_text())
+    subprocess.run(["scancel", "--signal", "USR2", launched["job_id"]], env=environment, check=True, timeout=30)
+    out, error = job.communicate(timeout=400)
+    assert job.returncode == 0, f"{out}{error}{told(warned)}"
+    first, second = (json.loads(warned.attempt(k).train.read_text()) for k in (0, 1))
+    assert (first["state"], first["reason"]) == ("stopped", "SIGUSR2")
+    assert 0 < first["step"] < 300
+    assert second["state"] == "done"
+    assert second["resumed_from"] == first["step"]
+    assert json.loads(warned.attempt(0).job.read_text())["state"] == "requeued"
+    assert json.loads(warned.attempt(1).job.read_text())["job_id"] == launched["job_id"]
+    job = submit(environment, tmp_path, *common, "--name", "straight", "--follow")
+    out, error = job.communicate(timeout=400)
+    assert job.returncode == 0, f"{out}{error}{told(straight)}"
+    expected, found = weights(straight), weights(warned)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_an_unknown_partition_is_refused_before_anything_is_made(
+    environment: dict[str, str], tmp_path: Path, recipe: Path
+) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("partition: devv\n")
+    job = submit(environment, tmp_path, "--nodes", "2", "--config", str(recipe), "--cluster", str(profile))
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == rundir.EXIT_REFUSED
+    assert "devv" in error
+    assert "dev" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_nodes_than_there_are_are_refused_by_sbatch_in_its_own_words(
+    environment: dict[str, str], tmp_path: Path, recipe: Path
+) -> None:
+    job = submit(environment, tmp_path, "--nodes", "6", "--config", str(recipe), "train.global_batch=12", "--name", "x")
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == rundir.EXIT_REFUSED
+    assert "node" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs" / "x").exists()
