@@ -192,7 +192,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         assert profile.gpus_per_node != "auto"
         nodes, processes = args.nodes, max(1, profile.gpus_per_node)
         notes = [f"warning: {note}" for note in assumed] + _ignored()
-    config.split_batch(settings.train, nodes * processes)
+    # In a partition that does not exist the number of GPUs is a guess; preflight tells what is wrong.
+    if not (profile and slurm and slurm.missing(profile.partition)):
+        config.split_batch(settings.train, nodes * processes)
     return Plan(
         source=source,
         settings=settings,

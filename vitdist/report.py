@@ -352,10 +352,17 @@ def chart(facts: Facts, title: str, text: str, keys: dict[str, str], **form: Any
     data = {"about": f"{title}. {text}", "curves": curves, "restarts": marks, "format": "~g", **form}
     # A closing tag in a name would end the script element.
     inside = Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
-    return html(
-        '<figure><figcaption><h3>{}</h3><p>{}</p></figcaption><div class="chart"></div>'
-        '<script type="application/json">{}</script></figure>', title, text, inside,
-    ) if curves else Markup()
+    return (
+        html(
+            '<figure><figcaption><h3>{}</h3><p>{}</p></figcaption><div class="chart"></div>'
+            '<script type="application/json">{}</script></figure>',
+            title,
+            text,
+            inside,
+        )
+        if curves
+        else Markup()
+    )
 
 
 def data_uri(picture: Image.Image, form: str = "PNG") -> str:
@@ -414,8 +421,13 @@ def head(facts: Facts) -> Markup:
     return html(
         '<header><p class="note">vitdist report · {}</p><h1>{} <span class="badge {}">{}</span></h1>'
         '<p class="verdict">{}</p>{}{}</header>',
-        moment(datetime.now(UTC).timestamp()), facts.run.name, word, word, sentence,
-        listing(tiles, "tiles"), note(naive),
+        moment(datetime.now(UTC).timestamp()),
+        facts.run.name,
+        word,
+        word,
+        sentence,
+        listing(tiles, "tiles"),
+        note(naive),
     )
 
 
@@ -498,7 +510,8 @@ def rates(facts: Facts) -> Markup:
     fan = {name: f"lr/{name}" for name in peaks}
     return section(
         "Learning rate of each layer",
-        chart(facts, "One line a layer", text, fan, format="~e", log=True, fan=True), scale,
+        chart(facts, "One line a layer", text, fan, format="~e", log=True, fan=True),
+        scale,
         folded(
             f"{len(groups)} parameter groups",
             table(("group", "rate x", "weight decay", "tensors", "parameters"), groups, "Parameter groups"),
@@ -525,8 +538,10 @@ def optimizer(facts: Facts) -> Markup:
 def speed(facts: Facts) -> Markup:
     """Throughput and what it was lost to."""
     names = {
-        "images/s": "perf/images_per_s", "% of the time waiting for data": "perf/data_wait_pct",
-        "% of the FLOPs that the GPU can do": "perf/mfu_pct", "GiB of GPU memory": "perf/memory_gib",
+        "images/s": "perf/images_per_s",
+        "% of the time waiting for data": "perf/data_wait_pct",
+        "% of the FLOPs that the GPU can do": "perf/mfu_pct",
+        "GiB of GPU memory": "perf/memory_gib",
     }
     found = [(facts.middle(key), name) for name, key in names.items()]
     medians = ", ".join(f"{figure(value)} {name}" for value, name in found if value is not None)
@@ -549,8 +564,13 @@ def classes(facts: Facts) -> Markup:
         return Markup()
     names, confusion = found["classes"], np.array(found["confusion"])
     rows = [
-        (c["name"], f"{c['support']:,}", bar(c["precision"], percent(c["precision"])),
-         bar(c["recall"], percent(c["recall"])), f"{c['f1']:.3f}")
+        (
+            c["name"],
+            f"{c['support']:,}",
+            bar(c["precision"], percent(c["precision"])),
+            bar(c["recall"], percent(c["recall"])),
+            f"{c['f1']:.3f}",
+        )
         for c in sorted(found["per_class"], key=lambda c: c["f1"])
     ]
     columns = ("class", "samples", "precision", "recall", "F1")
@@ -590,7 +610,8 @@ def matrix(names: list[str], confusion: np.ndarray) -> Markup:
         return html(
             '<figure class="matrix"><figcaption>{}</figcaption><img src="{}" '
             'alt="Confusion matrix; the table next to it names the mistakes made most often."></figure>',
-            key, data_uri(Image.fromarray(pixels)),
+            key,
+            data_uri(Image.fromarray(pixels)),
         )
     heads = join(html('<th scope="col" title="{0}"><span>{0}</span></th>', name) for name in names)
     lines = []
@@ -598,13 +619,22 @@ def matrix(names: list[str], confusion: np.ndarray) -> Markup:
         cells = join(
             html(
                 '<td class="{}" style="--v:{:.0f}%" title="{} taken for {}">{}</td>',
-                "hit" if i == j else "miss", 100 * math.sqrt(share[i, j]), names[i], names[j], int(n) or "",
+                "hit" if i == j else "miss",
+                100 * math.sqrt(share[i, j]),
+                names[i],
+                names[j],
+                int(n) or "",
             )
             for j, n in enumerate(line)
         )
         lines.append(html('<tr><th scope="row" title="{0}"><span>{0}</span></th>{1}</tr>', names[i], cells))
-    return html('<div><table class="confusion"><caption>{}</caption><thead><tr><td></td>{}</tr></thead>'
-                "<tbody>{}</tbody></table></div>", key, heads, join(lines))
+    return html(
+        '<div><table class="confusion"><caption>{}</caption><thead><tr><td></td>{}</tr></thead>'
+        "<tbody>{}</tbody></table></div>",
+        key,
+        heads,
+        join(lines),
+    )
 
 
 def mistakes(facts: Facts) -> Markup:
@@ -625,7 +655,12 @@ def mistakes(facts: Facts) -> Markup:
         html(
             '<li><img src="{0}" title="{1}" alt="Validation sample {2}: is {3}, was taken for {4}">'
             "<p><b>{3}</b></p><p>taken for <b>{4}</b>, {5}</p></li>",
-            picture, source, ids[k], names[labels[k]], names[predicted[k]], percent(sure[k]),
+            picture,
+            source,
+            ids[k],
+            names[labels[k]],
+            names[predicted[k]],
+            percent(sure[k]),
         )
         for k, source, picture in pictures
     ]
@@ -655,13 +690,20 @@ def starts(facts: Facts) -> Markup:
         told = [f"Steps {start.first:,} to {start.last:,}", start.where, start.why.rstrip(".")]
         told += [f"{again:,} of them were done again by the next start"] if again > 0 else []
         when = f"{moment(start.began)}, {duration(start.seconds)}" if start.began else ""
-        items.append(html(
-            '<li><p><b>Start {}</b> <span class="badge {}">{}</span> <span class="note">{}</span></p>'
-            '<p class="span" aria-hidden="true"><i style="margin-left:{:.2f}%;width:{:.2f}%"></i></p>'
-            "<p>{}.</p></li>",
-            start.number, start.state, words.get(start.state, start.state), when, 100 * start.first / total,
-            100 * (start.last - start.first) / total, ". ".join(part for part in told if part),
-        ))
+        items.append(
+            html(
+                '<li><p><b>Start {}</b> <span class="badge {}">{}</span> <span class="note">{}</span></p>'
+                '<p class="span" aria-hidden="true"><i style="margin-left:{:.2f}%;width:{:.2f}%"></i></p>'
+                "<p>{}.</p></li>",
+                start.number,
+                start.state,
+                words.get(start.state, start.state),
+                when,
+                100 * start.first / total,
+                100 * (start.last - start.first) / total,
+                ". ".join(part for part in told if part),
+            )
+        )
     return section("Starts", wrap('<ol class="starts">{}</ol>', *items))
 
 
@@ -679,8 +721,14 @@ def commands(facts: Facts) -> Markup:
     run, env = facts.run, facts.env
     at, ranks = shlex.quote(str(run.path)), facts.record.get("world", 1)
     files = {
-        "settings": run.config, "script": run.submit, "figures": run.metrics, "evaluation": run.evaluation,
-        "predictions": run.predictions, "checkpoints": run.checkpoints, "model": run.model, "code": run.code,
+        "settings": run.config,
+        "script": run.submit,
+        "figures": run.metrics,
+        "evaluation": run.evaluation,
+        "predictions": run.predictions,
+        "checkpoints": run.checkpoints,
+        "model": run.model,
+        "code": run.code,
     }
     again = [f"git checkout {env['commit']}"] if env.get("commit") else []
     again += [f"git apply {at}/patch.diff"] if env.get("dirty") and run.patch.exists() else []
@@ -692,9 +740,11 @@ def commands(facts: Facts) -> Markup:
         "Files and commands",
         listing((title, html("<code>{}</code>", path)) for title, path in files.items() if path.exists()),
         command("Predict", "from transformers import pipeline", use, 'classify("picture.jpg")')
-        if run.model.exists() else Markup(),
+        if run.model.exists()
+        else Markup(),
         command("Resume", resume) if facts.record["state"] != "done" else Markup(),
         command("Reproduce", *again),
         command("Upload to Weights & Biases", f"wandb sync {at}/wandb/offline-run-*")
-        if any(run.wandb.glob("offline-run-*")) else Markup(),
+        if any(run.wandb.glob("offline-run-*"))
+        else Markup(),
     )

@@ -126,26 +126,27 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
                 reason = _loop(session, stopping)
             except ValueError as error:  # before the loop it is bad input, in it a fault to be seen whole
                 raise RuntimeError(f"fault after step {engine.steps}: {error}") from error
+            summary: dict[str, float] | None = None
             if reason:
                 journal.record(state="stopped", reason=reason, ended=rundir.now())
-                journal.say(
-                    f"stopped by {reason} at step {engine.steps} of {total}, checkpoint saved; the same command goes on"
-                )
-                me.barrier()
-                return rundir.EXIT_STOPPED
-
-            # what a finished run leaves
-            journal.progress(total, "exporting")
-            scores = _evaluate(session)
-            whole = engine.full_weights()
-            if me.first:
-                export.write(run.model, net, whole, settings)
-            summary = {**scores, "images_per_s": meter.images_per_s, "seconds": time.monotonic() - began}
-            journal.record(state="done", step=total, summary=summary, ended=rundir.now())
-        if me.first:
+                journal.say(f"stopped by {reason} at step {engine.steps} of {total}, checkpoint saved")
+            else:
+                # what a finished run leaves
+                journal.progress(total, "exporting")
+                scores = _evaluate(session)
+                whole = engine.full_weights()
+                if me.first:
+                    export.write(run.model, net, whole, settings)
+                summary = {**scores, "images_per_s": meter.images_per_s, "seconds": time.monotonic() - began}
+                journal.record(state="done", step=total, summary=summary, ended=rundir.now())
+        # The journal is closed, W&B with it, before the ranks part: torchrun kills the ranks that are
+        # left 30 s after the first one has gone with a code other than 0.
+        if me.first and summary:
             _finish(run, summary)
+        elif me.first:
+            print(f"to go on: the same command with --name {run.name}")
         me.barrier()
-        return rundir.EXIT_DONE
+        return rundir.EXIT_DONE if summary else rundir.EXIT_STOPPED
 
 
 def _loop(s: Session, stopping: StopRequest) -> str | None:

@@ -43,7 +43,9 @@ def environment() -> Iterator[dict[str, str]]:
 
 def submit(environment: dict[str, str], cwd: Path, *arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, str(ROOT / "launch" / "submit.py"), *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
@@ -116,18 +118,15 @@ def test_an_unknown_partition_is_refused_before_anything_is_made(
     job = submit(environment, tmp_path, "--nodes", "2", "--config", str(recipe), "--cluster", str(profile))
     _, error = job.communicate(timeout=60)
     assert job.returncode == rundir.EXIT_REFUSED
-    assert "devv" in error
-    assert "dev" in error
+    assert "partition devv: this cluster has none of that name; did you mean dev?" in error
     assert "Traceback" not in error
     assert not (tmp_path / "runs").exists()
 
 
-def test_more_nodes_than_there_are_are_refused_by_sbatch_in_its_own_words(
-    environment: dict[str, str], tmp_path: Path, recipe: Path
-) -> None:
+def test_more_nodes_than_there_are_are_refused(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
     job = submit(environment, tmp_path, "--nodes", "6", "--config", str(recipe), "train.global_batch=12", "--name", "x")
     _, error = job.communicate(timeout=60)
     assert job.returncode == rundir.EXIT_REFUSED
-    assert "node" in error
+    assert "partition dev has 4 nodes" in error
     assert "Traceback" not in error
     assert not (tmp_path / "runs" / "x").exists()

@@ -50,9 +50,7 @@ class Page(HTMLParser):
         if self._kind == "script":
             self.scripts.append(data)
         elif self._kind == "chart":
-            self.charts.append(
-                json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-            )
+            self.charts.append(json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")))
         elif self._kind == "style":
             self.style += data
         else:
@@ -95,9 +93,7 @@ def make_run(folder: Path, names: list[str] = NAMES, **record: Any) -> RunDir:
             )
         )
     )
-    rundir.publish_json(
-        run.env, {"commit": "0123456789abcdef", "dirty": True, "host": "login", "argv": ["a", "b c"]}
-    )
+    rundir.publish_json(run.env, {"commit": "0123456789abcdef", "dirty": True, "host": "login", "argv": ["a", "b c"]})
     rows = [
         {
             "attempt": 0,
@@ -161,9 +157,7 @@ def make_run(folder: Path, names: list[str] = NAMES, **record: Any) -> RunDir:
             "resumed_from": None,
             "data": {"train": data, "val": data},
             "model": {"name": "ViT", "weights": "random", "parameters": 9, "trainable": 9},
-            "groups": [
-                {"name": "01_head", "lr_scale": 1.0, "weight_decay": 0.05, "tensors": 2, "parameters": 9}
-            ],
+            "groups": [{"name": "01_head", "lr_scale": 1.0, "weight_decay": 0.05, "tensors": 2, "parameters": 9}],
             "summary": scores | {"images_per_s": 100.0, "seconds": 7200.0},
             **record,
         },
@@ -277,9 +271,7 @@ def test_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path: Path) -> Non
         for name in ("src", "href", "srcset", "data", "poster"):
             assert (attributes.get(name) or "data:").startswith("data:"), (tag, name)
     assert not re.search(r"url\(|@import", page.style)
-    policy = next(
-        a["content"] or "" for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(a["content"] or "" for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe-eval" not in policy
     assert len(page.scripts) == 2
     for script in page.scripts:
@@ -312,9 +304,7 @@ def test_charts_hold_the_curves_without_nan(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with open(run.metrics, "a") as file:
         file.write(
-            json.dumps(
-                {"attempt": 0, "train/global_step": 201, "train/loss": math.nan, "optim/grad_norm": math.inf}
-            )
+            json.dumps({"attempt": 0, "train/global_step": 201, "train/loss": math.nan, "optim/grad_norm": math.inf})
         )
         file.write('\n{"attempt": 0, "trai')
     charts = {tuple(chart["curves"]): chart for chart in made(run).charts}
@@ -348,10 +338,7 @@ def test_an_empty_run_folder_gets_a_page(tmp_path: Path) -> None:
 def test_shards_that_went_away_take_only_the_pictures(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (tmp_path / "val" / "000.tar").unlink()
-    assert (
-        "1 of 12 validation samples are classified wrong; their pictures cannot be read here"
-        in made(run).seen()
-    )
+    assert "1 of 12 validation samples are classified wrong; their pictures cannot be read here" in made(run).seen()
 
 
 def test_mistakes_are_shown_enlarged_without_blur(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, recipe: Path, 
     codes, text = train(tmp_path, world, str(recipe), "--name", "stopped", stage, stop_at=7)
     assert codes == {rundir.EXIT_STOPPED}, text
     assert "stopped by SIGUSR2 at step 7 of 12, checkpoint saved" in text
+    assert "to go on: the same command with --name stopped" in text
     run = RunDir(tmp_path / "runs" / "stopped")
     assert rundir.state(run)["state"] == "stopped"
     assert not run.model.exists()
