@@ -30,12 +30,14 @@ demo: setup shards/digits/val/index.json  ## digits from pixels to a report, on 
 	@$(BIN)/python launch/submit.py --nodes 4 --config configs/demo.yaml --cluster local
 
 check: setup  ## lint, types and unit tests, under 2 minutes
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --quiet . slurm/dev-cluster
+	@$(BIN)/ruff format --quiet --check . slurm/dev-cluster
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q -m "not processes and not slurm and not full"
 
 test: setup slurm  ## everything that CI holds, under 15 minutes on 2 cores
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --quiet . slurm/dev-cluster
+	@$(BIN)/ruff format --quiet --check . slurm/dev-cluster
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -m "not full"
 

@@ -34,8 +34,10 @@ class Weights:
         return f"weights of {self.source}" + (f" ({'; '.join(parts)})" if parts else "")
 
 
-def build(settings: Model, classes: list[str], seed: int) -> tuple[nn.Module, Weights]:
-    """A classifier of `classes`; the same `seed` gives the same new weights on every rank.
+def build(
+    settings: Model, classes: list[str], seed: int, device: torch.device | None = None
+) -> tuple[nn.Module, Weights]:
+    """A classifier of `classes` on `device`; the same `seed` gives the same new weights on every rank and device.
 
     Its forward takes pixel_values [B, 3, S, S] and returns an object with logits [B, classes].
     Raises ValueError if `pretrained` cannot be had or is no ViT classifier.
@@ -48,7 +50,7 @@ def build(settings: Model, classes: list[str], seed: int) -> tuple[nn.Module, We
         net, weights = _pretrained(str(settings.pretrained), settings.image_size, labels)
     if settings.gradient_checkpointing:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return net, weights
+    return (net.to(device) if device else net), weights
 
 
 def _scratch(shape: Scratch, image_size: int, labels: dict) -> nn.Module:

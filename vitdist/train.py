@@ -93,7 +93,7 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
             _agree("order of samples", order_hash(order, batch.global_batch), me)
 
             # model: a learning rate for each layer
-            net, weights = model.build(settings.model, train_set.classes, settings.train.seed)
+            net, weights = model.build(settings.model, train_set.classes, settings.train.seed, me.device)
             layer, depth = model.layers(net)
             groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
             meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)

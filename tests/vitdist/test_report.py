@@ -178,8 +178,11 @@ def test_thinning_keeps_ends_and_spikes(length: int) -> None:
     if length > 200:
         points[137], points[150] = (137, 50.0), (150, -50.0)
     kept = report.thin(points, 100)
-    assert len(kept) <= 100 and kept == sorted(set(kept)) and set(kept) <= set(points)
-    assert kept[:1] == points[:1] and kept[-1:] == points[-1:]
+    assert len(kept) <= 100
+    assert kept == sorted(set(kept))
+    assert set(kept) <= set(points)
+    assert kept[:1] == points[:1]
+    assert kept[-1:] == points[-1:]
     if length > 200:
         assert {(137, 50.0), (150, -50.0)} <= set(kept)
 
@@ -272,7 +275,8 @@ def test_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path: Path) -> Non
             assert (attributes.get(name) or "data:").startswith("data:"), (tag, name)
     assert not re.search(r"url\(|@import", page.style)
     policy = next(a["content"] or "" for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe-eval" not in policy
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "unsafe-eval" not in policy
     assert len(page.scripts) == 2
     for script in page.scripts:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -291,12 +295,14 @@ def test_class_names_are_text_everywhere(tmp_path: Path) -> None:
 def test_page_is_accessible(tmp_path: Path) -> None:
     page = made(make_run(tmp_path))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1 and levels.count(1) == 1
+    assert levels[0] == 1
+    assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
     assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("table") == tags.count("caption") and ("html", {"lang": "en"}) in page.tags
+    assert tags.count("table") == tags.count("caption")
+    assert ("html", {"lang": "en"}) in page.tags
     assert all(chart["about"] for chart in page.charts)
 
 
@@ -309,9 +315,11 @@ def test_charts_hold_the_curves_without_nan(tmp_path: Path) -> None:
         file.write('\n{"attempt": 0, "trai')
     charts = {tuple(chart["curves"]): chart for chart in made(run).charts}
     assert charts["training", "validation"]["curves"]["validation"] == [[100, 200], [1.0, 1.0]]
-    assert charts["01_head", "00_embeddings"]["fan"] and charts["01_head", "00_embeddings"]["log"]
+    assert charts["01_head", "00_embeddings"]["fan"]
+    assert charts["01_head", "00_embeddings"]["log"]
     assert charts["training", "validation"]["curves"]["training"][0][-1] == 200
-    assert ("loss scale",) in charts and ("skipped",) in charts
+    assert ("loss scale",) in charts
+    assert ("skipped",) in charts
 
 
 @pytest.mark.parametrize(
@@ -345,7 +353,8 @@ def test_mistakes_are_shown_enlarged_without_blur(tmp_path: Path) -> None:
     page = made(make_run(tmp_path))
     (source,) = [a["src"] or "" for tag, a in page.tags if tag == "img"]
     picture = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
-    assert picture.size == (96, 96) and picture.getcolors() == [(96 * 96, (200, 30, 30))]
+    assert picture.size == (96, 96)
+    assert picture.getcolors() == [(96 * 96, (200, 30, 30))]
 
 
 def test_restarts_are_told_and_marked(tmp_path: Path) -> None:
@@ -384,7 +393,8 @@ def test_the_launcher_knows_of_ends_that_the_trainer_could_not_record(tmp_path: 
     rundir.publish_json(run.attempt(0).job, job)
     page = made(run)
     assert "Failed at step 200 of 200. node2 went away." in page.seen()
-    assert "Start 0 failed" in page.seen() and "Job 7 on node1, node2" in page.seen()
+    assert "Start 0 failed" in page.seen()
+    assert "Job 7 on node1, node2" in page.seen()
 
 
 def test_commands_resume_this_run_and_reproduce_another(tmp_path: Path) -> None:
