@@ -101,7 +101,17 @@ def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path) -> None:
 def test_the_exported_model_classifies_digits_as_the_evaluation_did(tmp_path: Path, digits: Path) -> None:
     demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
     shards = [f"data.train={digits}/shards/train", f"data.val={digits}/shards/val"]
-    codes, text = train(tmp_path, 2, str(demo), *shards, "train.epochs=12", "tracking.wandb=off", "--name", "digits")
+    codes, text = train(
+        tmp_path,
+        2,
+        str(demo),
+        *shards,
+        "train.global_batch=64",
+        "train.epochs=15",
+        "tracking.wandb=off",
+        "--name",
+        "digits",
+    )
     assert codes == {0}, text
     from transformers import pipeline
 
