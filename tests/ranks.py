@@ -3,16 +3,24 @@
 Importing them costs each process 6 s of CPU time; multiprocessing's fork server pays it once for all tests.
 """
 
+import itertools
 import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import pytest
 
 _PRELOAD = ["torch", "deepspeed", "transformers.models.vit.modeling_vit", "tests.workers"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
+
+
+def matrix(sample: set[tuple[object, ...]], *sides: Iterable[object]) -> list[Any]:
+    """Every combination of `sides`; those outside `sample` only in `make test-full`."""
+    return [pytest.param(*p, marks=[] if p in sample else pytest.mark.full) for p in itertools.product(*sides)]
 
 
 def free_port() -> int:

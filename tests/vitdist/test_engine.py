@@ -21,7 +21,7 @@ def golden() -> list[float]:
     return [float(line.split()[1]) for line in GOLDEN.read_text().splitlines() if line[0] != "#"]
 
 
-@pytest.mark.parametrize(("zero", "world"), [(0, 2), (1, 2), (2, 2), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("zero", "world"), ranks.matrix({(0, 2), (1, 2), (2, 2), (3, 2), (2, 1)}, range(4), (1, 2, 4)))
 def test_losses_are_golden(zero: int, world: int) -> None:
     found = ranks.run(workers.losses, world, {"engine.zero": zero, **ACCUMULATED}, 10)[0]
     assert found == pytest.approx(golden(), abs=TOLERANCE)
@@ -57,10 +57,15 @@ def test_fp16_overflow_is_skipped_and_not_counted() -> None:
         assert rates["00_embeddings"] == pytest.approx(expected * 0.5**3, rel=1e-12)
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp16"), (3, "fp32"), (2, "bf16")])
-def test_rates_and_weights_survive_a_resume(tmp_path: Path, zero: int, precision: str) -> None:
+RESUMES = {(0, "fp32", 2), (1, "fp32", 1), (2, "fp16", 2), (3, "fp32", 2), (2, "bf16", 2)}
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "world"), ranks.matrix(RESUMES, range(4), ("fp32", "bf16", "fp16"), (1, 2))
+)
+def test_rates_and_weights_survive_a_resume(tmp_path: Path, zero: int, precision: str, world: int) -> None:
     changes = {"engine.zero": zero, "engine.precision": precision}
-    seen = ranks.run(workers.rates_after_resume, 2, changes, str(tmp_path))[0]
+    seen = ranks.run(workers.rates_after_resume, world, changes, str(tmp_path))[0]
     s = workers.settings(**changes)
     assert seen["resumed"] == 5
     assert len(set(seen["scales"].values())) == 4

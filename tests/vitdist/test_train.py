@@ -64,7 +64,7 @@ def test_a_run_leaves_everything_that_the_folder_promises(tmp_path: Path, recipe
     assert "is finished" in text
 
 
-@pytest.mark.parametrize(("world", "zero"), [(2, 2), (1, 0), (2, 3)])
+@pytest.mark.parametrize(("world", "zero"), ranks.matrix({(2, 2), (1, 0), (2, 3)}, (1, 2, 3), range(4)))
 def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, recipe: Path, world: int, zero: int) -> None:
     stage = f"engine.zero={zero}"
     codes, text = train(tmp_path, world, str(recipe), "--name", "straight", stage)
