@@ -125,7 +125,9 @@ def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
         continued = [update(again, s, batch, me) for _ in range(3)]
         weights = [
             torch.equal(a, b)
-            for a, b in zip(engine.full_weights().values(), again.full_weights().values(), strict=True)
+            for a, b in zip(
+                engine.full_weights(keep=True).values(), again.full_weights(keep=True).values(), strict=True
+            )
         ]
         return {
             "resumed": resumed,

@@ -154,14 +154,16 @@ class Engine:
     def eval(self) -> None:
         self._engine.eval()
 
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        """Whole fp32 weights by name on the CPU, from the masters; all ranks call it, all get them."""
+    def full_weights(self, keep: bool) -> dict[str, torch.Tensor]:
+        """Whole fp32 weights by name on the CPU, from the masters; all ranks call it, those that `keep` get them."""
         weights = {}
         for name, parameter in self._engine.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
+            full = safe_get_full_fp32_param(parameter)  # gathers it from the ranks
+            if keep:
+                weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
         for name, buffer in self._engine.module.named_buffers():
-            weights[name] = buffer.detach().cpu().clone()
+            if keep:
+                weights[name] = buffer.detach().cpu().clone()
         return weights
 
     def save(self, folder: Path, tag: str) -> None:

@@ -17,10 +17,12 @@ A file that another process reads is published: written beside its place, synced
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -207,10 +209,18 @@ def sync_folder(folder: Path) -> None:
 def only_writer(run: RunDir) -> Iterator[None]:
     """Hold the run while this process trains it. Raises BlockingIOError if another one does.
 
-    A lock of the kernel: it goes with the process that holds it, so no stale one can remain.
+    A lock of the kernel: it goes with the process that holds it, so no stale one can remain. Where the
+    file system has none (Lustre mounted without `flock`), that is said and the run goes on without.
     """
     with open(run.path / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(f"{run.path}: no file locks here ({error.strerror}); see that nobody else trains it", file=sys.stderr)
         yield
 
 

@@ -12,8 +12,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,8 @@ class Session:
         )
 
 
-def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequest) -> int:
-    """Train the run in `run` to its end or to a stop; returns the exit code (rundir.EXIT_*)."""
+def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, stopping: StopRequest) -> int:
+    """Train to the end or to a stop; returns the exit code (rundir.EXIT_*). Rank 0 asks `place` for the run folder."""
     from vitdist import checkpoint, dist, export, metrics, model, optim
     from vitdist.data.index import Index
     from vitdist.data.order import Order, order_hash
@@ -81,9 +82,10 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
 
     began = time.monotonic()
     threads = None if settings.engine.threads == "auto" else settings.engine.threads
-    with dist.processes(threads) as me, _only_writer(run, me.first):
+    with dist.processes(threads) as me:
+        run = RunDir(Path(me.from_first(str(place().path) if me.first else None)))
         attempt = me.from_first(run.next_attempt() if attempt is None and me.first else attempt)
-        with Journal(run, run.attempt(attempt), me.first) as journal:
+        with _only_writer(run, me.first), Journal(run, run.attempt(attempt), me.first) as journal:
             # data
             train_set, val_set = Index.open(settings.data.train), Index.open(settings.data.val)
             _same_classes(settings, train_set, val_set)
@@ -134,7 +136,7 @@ def train(run: RunDir, settings: Config, attempt: int | None, stopping: StopRequ
                 # what a finished run leaves
                 journal.progress(total, "exporting")
                 scores = _evaluate(session)
-                whole = engine.full_weights()
+                whole = engine.full_weights(keep=me.first)
                 if me.first:
                     export.write(run.model, net, whole, settings)
                 summary = {**scores, "images_per_s": meter.images_per_s, "seconds": time.monotonic() - began}
@@ -376,42 +378,47 @@ def main(argv: list[str] | None = None) -> int:
     stopping = stop.install()
     rank, node = int(os.environ.get("RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
     try:
-        run, settings = _open(args, rank)
-        if args.attempt is not None:
+        settings, run = _open(args)
+        if run and args.attempt is not None:
             from vitdist.tracking import to_file
 
             to_file(run.attempt(args.attempt).rank_log(node, rank))
-        if rundir.state(run)["state"] == "done":
+        if run and rundir.state(run)["state"] == "done":
             print(f"{run.path} is finished; its report is {run.report}")
             return rundir.EXIT_DONE
-        return train(run, settings, args.attempt, stopping)
+        return train(lambda: run or _new_run(args, settings), settings, args.attempt, stopping)
     except (ValueError, TrainingFailed) as error:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         print((f"rank {rank}: " if world > 1 else "") + f"error: {error}", file=sys.stderr)
         return rundir.EXIT_REFUSED if isinstance(error, ValueError) else rundir.EXIT_DO_NOT_REQUEUE
 
 
-def _open(args: argparse.Namespace, rank: int) -> tuple[RunDir, Config]:
-    """The run folder and its settings; a configuration gets a folder, made by rank 0."""
+def _open(args: argparse.Namespace) -> tuple[Config, RunDir | None]:
+    """The settings, and the run folder if there is one already."""
     target = Path(args.target)
     if target.is_dir():
         if args.overrides or args.name:
             raise SettingsError(f"{target} is a run folder: its settings are fixed; give a .yaml to change any")
         run = RunDir(target.resolve())
-        return run, config.load(run.config)
+        return config.load(run.config), run
     settings = config.with_absolute_paths(config.load(target, args.overrides))
-    # Ranks start at slightly different times, so the port that torchrun chose for all of them names the run.
-    unique = f"{rundir.now()[:10]}-{os.environ.get('MASTER_PORT', os.getpid())}"
-    run = RunDir(Path(args.runs).resolve() / rundir.check_name(args.name or f"{target.stem}-{unique}"))
-    if run.config.exists():
-        changed = config.difference(config.load(run.config), settings)
-        if changed:
-            raise SettingsError(
-                f"{run.path} exists with other settings; choose another --name\n  " + "\n  ".join(changed)
-            )
-    elif rank == 0:
-        rundir.publish(run.config, config.to_yaml(settings))
-    return run, settings
+    if not args.name:
+        return settings, None
+    run = RunDir(Path(args.runs).resolve() / rundir.check_name(args.name))
+    if not run.config.exists():
+        return settings, None
+    changed = config.difference(config.load(run.config), settings)
+    if changed:
+        raise SettingsError(f"{run.path} exists with other settings; choose another --name\n  " + "\n  ".join(changed))
+    return settings, run
+
+
+def _new_run(args: argparse.Namespace, settings: Config) -> RunDir:
+    """A folder for a new run, named after the configuration and the time unless --name says otherwise."""
+    name = args.name or f"{Path(args.target).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    run = RunDir(Path(args.runs).resolve() / rundir.check_name(name))
+    rundir.publish(run.config, config.to_yaml(settings))
+    return run
 
 
 if __name__ == "__main__":

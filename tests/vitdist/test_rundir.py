@@ -1,5 +1,8 @@
 """The run folder: files that appear whole, rows that count once, one writer."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -68,6 +71,20 @@ def test_one_process_holds_a_run(tmp_path: Path) -> None:
         pass
     with rundir.only_writer(run):
         pass
+
+
+@pytest.mark.parametrize(("code", "lawful"), [(errno.ENOSYS, True), (errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, lawful: bool
+) -> None:
+    def refuse(file: object, flags: int) -> None:
+        raise OSError(code, "not here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    refused = contextlib.nullcontext() if lawful else pytest.raises(OSError, match="not here")
+    with refused, rundir.only_writer(RunDir(tmp_path)):
+        assert lawful
+    assert ("no file locks here" in capsys.readouterr().err) == lawful
 
 
 def test_attempts_and_state(tmp_path: Path) -> None:

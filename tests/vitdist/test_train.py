@@ -152,6 +152,14 @@ def test_an_existing_name_with_other_settings_is_refused(tmp_path: Path, recipe:
     assert "train.steps: 2 -> 3" in text
 
 
+def test_a_run_without_a_name_gets_a_folder_of_its_own(tmp_path: Path, recipe: Path) -> None:
+    codes, text = train(tmp_path, 2, str(recipe), "train.steps=1")
+    assert codes == {0}, text
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("tiny-20")
+    assert RunDir(run).model.exists()
+
+
 def test_diverging_ends_with_a_reason(tmp_path: Path, recipe: Path) -> None:
     codes, text = train(
         tmp_path,
