@@ -27,8 +27,8 @@ from vitdist import rundir
 from vitdist.data import index
 from vitdist.data.index import IMAGES, LABEL, SOURCE, Index, Scan
 
-# A header, then the content up to a multiple of 512: what a sample takes beside its picture's own blocks.
-_OVERHEAD = 5 * 512
+# A tar is cut into blocks, and ends on a multiple of 20 of them.
+_BLOCK, _RECORD = 512, 20 * 512
 _PLAN = ".pack.json"
 # In the order of preference. A data set with both has its test set packed too, for the end.
 _VALIDATION = ("val", "valid", "validation")
@@ -199,8 +199,8 @@ def _plan(folder: Path, pictures: list[Picture], shard_bytes: int, shard_samples
     shards: list[_ShardPlan] = []
     filled = 0
     for number, picture in enumerate(pictures):
-        taken = picture.bytes + _OVERHEAD
-        if not shards or filled + taken > shard_bytes or len(shards[-1].pictures) == shard_samples:
+        taken = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in (picture.bytes, 1, len(picture.source)))
+        if not shards or filled + taken + _RECORD > shard_bytes or len(shards[-1].pictures) == shard_samples:
             shards.append(_ShardPlan(folder / f"shard-{len(shards):06d}.tar", number, []))
             filled = 0
         shards[-1].pictures.append(picture)
