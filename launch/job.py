@@ -211,6 +211,7 @@ class Torchrun:
         """End it; trainers stuck in a collective do not hear SIGTERM, so they are killed soon after."""
         if self._kill_at == float("inf"):
             self._kill_at = time.monotonic() + KILL_S
+            self._find_trainers()  # while torchrun lives: what it leaves behind is nobody's child
             self._popen.terminate()
 
     def _find_trainers(self) -> None:
