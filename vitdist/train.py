@@ -25,6 +25,7 @@ from vitdist.stop import StopRequest
 
 if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad settings answer at once
     from torch import Tensor
+    from torch.nn import Module
 
     from vitdist.checkpoint import Identity
     from vitdist.data.index import Index
@@ -59,6 +60,8 @@ class Session:
     batch: Batch
     total: int
     """Updates of the whole run."""
+    net: "Module"
+    """The model, as DeepSpeed holds it now; under ZeRO-3 it has no weights of its own."""
     engine: "Engine"
     identity: "Identity"
     meter: "Meter"
@@ -75,72 +78,33 @@ class Session:
 
 def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, stopping: StopRequest) -> int:
     """Train to the end or to a stop; returns the exit code (rundir.EXIT_*). Rank 0 asks `place` for the run folder."""
-    from vitdist import checkpoint, dist, export, metrics, model, optim
-    from vitdist.data.index import Index
-    from vitdist.data.order import Order, order_hash
+    from vitdist import checkpoint, dist
     from vitdist.tracking import Journal
 
     began = time.monotonic()
-    threads = None if settings.engine.threads == "auto" else settings.engine.threads
-    with dist.processes(threads) as me:
+    summary: dict[str, float] | None = None
+    with dist.processes(None if settings.engine.threads == "auto" else settings.engine.threads) as me:
         run = RunDir(Path(me.from_first(str(place().path) if me.first else None)))
         attempt = me.from_first(run.next_attempt() if attempt is None and me.first else attempt)
         with _only_writer(run, me.first), Journal(run, run.attempt(attempt), me.first) as journal:
-            # data
-            train_set, val_set = Index.open(settings.data.train), Index.open(settings.data.val)
-            _same_classes(settings, train_set, val_set)
-            batch = config.split_batch(settings.train, me.world)
-            total = config.total_steps(settings.train, batch, len(train_set))
-            order = Order(len(train_set), settings.train.seed, train_set.digest)
-            _agree("order of samples", order_hash(order, batch.global_batch), me)
-
-            # model: a learning rate for each layer
-            net, weights = model.build(settings.model, train_set.classes, settings.train.seed, me.device)
-            layer, depth = model.layers(net)
-            groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
-            meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
-
-            # DeepSpeed owns precision, sharding and the update from here
-            from vitdist.engine import Engine  # asks at import which device `dist` chose
-
-            fingerprint = checkpoint.fingerprint(groups)
-            about = {"groups": optim.describe(groups), "model": model.describe(settings.model, net, weights)}
-            engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
-            identity = checkpoint.Identity(
-                world=me.world,
-                zero=settings.engine.zero,
-                precision=engine.precision,
-                global_batch=batch.global_batch,
-                groups=fingerprint,
-                classes=checkpoint.class_hash(train_set.classes),
-                data=train_set.digest,
-            )
-            session = Session(
-                run, attempt, settings, me, journal, train_set, val_set, batch, total, engine, identity, meter
-            )
+            # data, model with a learning rate for each layer, DeepSpeed
+            session, about = _assemble(run, attempt, settings, me, journal)
 
             # go on where an earlier attempt stopped
-            resumed, passed_over = checkpoint.resume(run, engine, me, identity)
+            resumed, passed_over = checkpoint.resume(run, session.engine, me, session.identity)
             _introduce(session, about, resumed, passed_over)
 
             # the loop
             try:
                 reason = _loop(session, stopping)
             except ValueError as error:  # before the loop it is bad input, in it a fault to be seen whole
-                raise RuntimeError(f"fault after step {engine.steps}: {error}") from error
-            summary: dict[str, float] | None = None
+                raise RuntimeError(f"fault after step {session.engine.steps}: {error}") from error
             if reason:
                 journal.record(state="stopped", reason=reason, ended=rundir.now())
-                journal.say(f"stopped by {reason} at step {engine.steps} of {total}, checkpoint saved")
+                journal.say(f"stopped by {reason} at step {session.engine.steps} of {session.total}, checkpoint saved")
             else:
-                # what a finished run leaves
-                journal.progress(total, "exporting")
-                scores = _evaluate(session)
-                whole = engine.full_weights(keep=me.first)
-                if me.first:
-                    export.write(run.model, net, whole, settings)
-                summary = {**scores, "images_per_s": meter.images_per_s, "seconds": time.monotonic() - began}
-                journal.record(state="done", step=total, summary=summary, ended=rundir.now())
+                summary = _export(session, began)
+                journal.record(state="done", step=session.total, summary=summary, ended=rundir.now())
         # The journal is closed, W&B with it, before the ranks part: torchrun kills the ranks that are
         # left 30 s after the first one has gone with a code other than 0.
         if me.first and summary:
@@ -149,6 +113,57 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
             print(f"to go on: the same command with --name {run.name}")
         me.barrier()
         return rundir.EXIT_DONE if summary else rundir.EXIT_STOPPED
+
+
+def _assemble(
+    run: RunDir, attempt: int, settings: Config, me: "Processes", journal: "Journal"
+) -> tuple[Session, dict[str, Any]]:
+    """Open the data, build the model and its groups, hand them to DeepSpeed; the second value describes them."""
+    from vitdist import checkpoint, metrics, model, optim
+    from vitdist.data.index import Index
+    from vitdist.data.order import Order, order_hash
+    from vitdist.engine import Engine  # asks at import which device `dist` chose
+
+    train_set, val_set = Index.open(settings.data.train), Index.open(settings.data.val)
+    _same_classes(settings, train_set, val_set)
+    batch = config.split_batch(settings.train, me.world)
+    total = config.total_steps(settings.train, batch, len(train_set))
+    order = Order(len(train_set), settings.train.seed, train_set.digest)
+    _agree("order of samples", order_hash(order, batch.global_batch), me)
+
+    net, weights = model.build(settings.model, train_set.classes, settings.train.seed, me.device)
+    layer, depth = model.layers(net)
+    groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
+    meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
+    about = {"groups": optim.describe(groups), "model": model.describe(settings.model, net, weights)}
+    fingerprint = checkpoint.fingerprint(groups)  # DeepSpeed changes the groups
+
+    engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
+    identity = checkpoint.Identity(
+        world=me.world,
+        zero=settings.engine.zero,
+        precision=engine.precision,
+        global_batch=batch.global_batch,
+        groups=fingerprint,
+        classes=checkpoint.class_hash(train_set.classes),
+        data=train_set.digest,
+    )
+    session = Session(
+        run, attempt, settings, me, journal, train_set, val_set, batch, total, net, engine, identity, meter
+    )
+    return session, about
+
+
+def _export(s: Session, began: float) -> dict[str, float]:
+    """What a finished run leaves: the last evaluation and the model; returns the figures of the whole run."""
+    from vitdist import export
+
+    s.journal.progress(s.total, "exporting")
+    scores = _evaluate(s)
+    whole = s.engine.full_weights(keep=s.me.first)
+    if s.me.first:
+        export.write(s.run.model, s.net, whole, s.settings)
+    return {**scores, "images_per_s": s.meter.images_per_s, "seconds": time.monotonic() - began}
 
 
 def _loop(s: Session, stopping: StopRequest) -> str | None:
