@@ -12,7 +12,9 @@ a word, after which layers hold each other's weights: the manifest holds a finge
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +85,8 @@ def steps(run: RunDir) -> list[int]:
     """Steps of the complete checkpoints, newest first."""
     if not run.checkpoints.is_dir():
         return []
-    return sorted((int(p.name[5:]) for p in run.checkpoints.iterdir() if p.name.startswith("step-")), reverse=True)
+    found = (re.fullmatch(r"step-(\d{8})", path.name) for path in run.checkpoints.iterdir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def save(run: RunDir, engine: "Engine", me: Processes, identity: Identity, attempt: int, keep: int) -> Path:
@@ -139,6 +142,12 @@ def resume(run: RunDir, engine: "Engine", me: Processes, identity: Identity) -> 
                 "Start a new run with another name, or remove the folder to begin anew"
             )
         return None, skipped
+    if me.first:
+        # Out of the way: the run will come by the same steps again and must save them anew.
+        for text in skipped:
+            torn = text.partition(":")[0]
+            os.rename(run.checkpoints / torn, run.checkpoints / f".torn-{torn}-{time.time_ns()}")
+    me.barrier()
     folder = run.checkpoints / name_of(chosen)
     manifest = rundir.read_json(folder / "manifest.json")
     assert manifest is not None
@@ -165,7 +174,10 @@ def _choose(run: RunDir) -> tuple[int | None, list[str]]:
 
 def verify(folder: Path) -> str | None:
     """Why the checkpoint is not whole, or None: every file has the size and SHA-256 of the manifest."""
-    manifest = rundir.read_json(folder / "manifest.json")
+    try:
+        manifest = rundir.read_json(folder / "manifest.json")
+    except json.JSONDecodeError:
+        return "manifest.json is damaged"
     if manifest is None:
         return "manifest.json is missing"
     for name, entry in manifest["files"].items():

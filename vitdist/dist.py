@@ -88,6 +88,10 @@ def processes(threads: int | None = None) -> Iterator[Processes]:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = max(1, len(os.sched_getaffinity(0)) // local_world)
     torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", cores)))
+    if gpu and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"{local_world} ranks on a node with {torch.cuda.device_count()} GPUs: one rank a GPU, no more"
+        )
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)

@@ -4,6 +4,7 @@ DeepSpeed gets a ready torch optimizer and no scheduler: see optim.py.
 """
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from vitdist.dist import Processes
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class LossScaleExhausted(RuntimeError):
-    """fp16 gradients overflow even at the smallest loss scale: the run diverged."""
+class Diverged(RuntimeError):
+    """The gradients are beyond repair; raised on all ranks alike, before anything is updated."""
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
@@ -105,14 +106,13 @@ class Engine:
         if self._plain and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             self._norm = float(nn.utils.get_total_norm(gradients))
+            if not math.isfinite(self._norm):  # every other engine of DeepSpeed skips such an update by itself
+                raise Diverged("the gradients are not finite")
         try:
             self._engine.step()
         except Exception as error:
             if "loss scale already at minimum" in str(error):
-                raise LossScaleExhausted(
-                    "gradients overflow in fp16 even at the smallest loss scale; "
-                    "lower optim.lr, lengthen optim.warmup or use engine.precision=bf16"
-                ) from None
+                raise Diverged("the gradients overflow in fp16 even at the smallest loss scale") from None
             raise
 
     def set_lr(self, lr: float) -> None:
@@ -155,7 +155,10 @@ class Engine:
         self._engine.eval()
 
     def full_weights(self, keep: bool) -> dict[str, torch.Tensor]:
-        """Whole fp32 weights by name on the CPU, from the masters; all ranks call it, those that `keep` get them."""
+        """Whole fp32 weights by name on the CPU; all ranks call it, those that `keep` get them.
+
+        From the masters; in half precision without ZeRO, where DeepSpeed does not link them, from the weights.
+        """
         weights = {}
         for name, parameter in self._engine.module.named_parameters():
             full = safe_get_full_fp32_param(parameter)  # gathers it from the ranks

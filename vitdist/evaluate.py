@@ -118,6 +118,8 @@ def evaluate(
     assert counts == (samples - unreadable,) * 2, (
         f"{counts} counted and different, {unreadable} unreadable, of {samples}"
     )
+    if not len(ids):
+        raise ValueError(f"none of {samples} validation samples can be read")
     matrix = confusion.numpy()
     return Evaluation(
         metrics={**figures(matrix, float(sums[0]), int(sums[1])), "unreadable": unreadable},

@@ -27,8 +27,11 @@ def write(folder: Path, net: nn.Module, weights: dict[str, torch.Tensor], settin
     shutil.rmtree(temporary, ignore_errors=True)
     whole.save_pretrained(temporary)
     _processor(settings).save_pretrained(temporary)
+    for path in temporary.iterdir():
+        rundir.sync_file(path)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
         os.rename(folder, old)
         os.rename(temporary, folder)
         shutil.rmtree(old)

@@ -198,7 +198,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` last: POSIX promises them only after an fsync of the folder."""
-    handle = os.open(folder, os.O_RDONLY)
+    sync_file(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to `path` last."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -209,7 +214,8 @@ def sync_folder(folder: Path) -> None:
 def only_writer(run: RunDir) -> Iterator[None]:
     """Hold the run while this process trains it. Raises BlockingIOError if another one does.
 
-    A lock of the kernel: it goes with the process that holds it, so no stale one can remain. Where the
+    A lock of the kernel: it goes with the process that holds it and the loaders that it forked, which end
+    within seconds of it, so no stale one can remain. Where the
     file system has none (Lustre mounted without `flock`), that is said and the run goes on without.
     """
     with open(run.path / ".lock", "a") as file:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -36,7 +37,8 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
     from vitdist.tracking import Journal
 
 
-# fp16 may halve its loss scale 16 times before the first update; a longer streak does not end by itself.
+# fp16 may halve its loss scale 16 times before the first update. Where DeepSpeed's scaler does not end a longer
+# streak itself, and in fp32 and bf16, the run would go on for ever without an update.
 MOST_SKIPPED_IN_A_ROW = 50
 
 _REMEDY = "the run diverged; lower optim.lr, lengthen optim.warmup or set optim.clip"
@@ -89,6 +91,7 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
         with _only_writer(run, me.first), Journal(run, run.attempt(attempt), me.first) as journal:
             # data, model with a learning rate for each layer, DeepSpeed
             session, about = _assemble(run, attempt, settings, me, journal)
+            from vitdist.engine import Diverged
 
             # go on where an earlier attempt stopped
             resumed, passed_over = checkpoint.resume(run, session.engine, me, session.identity)
@@ -97,13 +100,15 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
             # the loop
             try:
                 reason = _loop(session, stopping)
-            except ValueError as error:  # before the loop it is bad input, in it a fault to be seen whole
+                summary = None if reason else _export(session, began)
+            except Diverged as error:
+                raise TrainingFailed(f"{error} at step {session.engine.steps + 1}: {_REMEDY}") from None
+            except ValueError as error:  # before the loop it is bad input, from there on a fault to be seen whole
                 raise RuntimeError(f"fault after step {session.engine.steps}: {error}") from error
             if reason:
                 journal.record(state="stopped", reason=reason, ended=rundir.now())
                 journal.say(f"stopped by {reason} at step {session.engine.steps} of {session.total}, checkpoint saved")
             else:
-                summary = _export(session, began)
                 journal.record(state="done", step=session.total, summary=summary, ended=rundir.now())
         # The journal is closed, W&B with it, before the ranks part: torchrun kills the ranks that are
         # left 30 s after the first one has gone with a code other than 0.
@@ -173,7 +178,18 @@ def _loop(s: Session, stopping: StopRequest) -> str | None:
     settings, engine = s.settings, s.engine
     evaluate_every = max(1, round(settings.evaluation.every_epochs * len(s.train_set) / s.batch.global_batch))
     save_every = settings.checkpoint.every_steps or evaluate_every
-    batches = loader.train_batches(s.train_set, settings, s.batch, s.me.rank, engine.steps, s.me.local_world)
+    with contextlib.closing(
+        loader.train_batches(s.train_set, settings, s.batch, s.me.rank, engine.steps, s.me.local_world)
+    ) as batches:
+        return _steps(s, batches, stopping, evaluate_every, save_every)
+
+
+def _steps(
+    s: Session, batches: "Iterator[MicroBatch]", stopping: StopRequest, evaluate_every: int, save_every: int
+) -> str | None:
+    """The loop itself."""
+    settings, engine = s.settings, s.engine
+    begun = engine.steps
     losses: list[Tensor] = []
     bad, in_a_row = 0, 0
     engine.train()
@@ -188,16 +204,17 @@ def _loop(s: Session, stopping: StopRequest) -> str | None:
             raise TrainingFailed(f"the gradients of {in_a_row} steps up to step {step} are not finite: {_REMEDY}")
         last = step == s.total
         if step % settings.tracking.log_every == 0 or last:
-            _log(s, losses, bad)
+            _log(s, losses, bad, begun)
             losses = []
         s.journal.progress(step, "training")
         stop_now = s.me.any(bool(stopping)) and not last
         with s.meter.paused():
+            # Saved first: an evaluation may be long, and what it costs to do again is little.
+            if step % save_every == 0 or last or stop_now:
+                _save(s)
             # After the last step the end of the run evaluates, also when it was resumed there.
             if step % evaluate_every == 0 and not last and not stop_now:
                 _evaluate(s)
-            if step % save_every == 0 or last or stop_now:
-                _save(s)
         if stop_now:
             return next(reason for reason in s.me.gather(stopping.reason) if reason)
     return None
@@ -230,8 +247,11 @@ def _update(s: Session, batches: "Iterator[MicroBatch]") -> "tuple[Tensor, int]"
     return total_loss / s.batch.accumulation, broken
 
 
-def _log(s: Session, losses: "list[Tensor]", bad: int) -> None:
-    """One row of figures of the steps since the last; ends a run that cannot learn any more."""
+def _log(s: Session, losses: "list[Tensor]", bad: int, begun: int) -> None:
+    """One row of figures of the steps since the last; ends a run that cannot learn any more.
+
+    `bad` counts the broken samples of this attempt, which began at step `begun`.
+    """
     import torch
 
     engine, step = s.engine, s.engine.steps
@@ -255,7 +275,8 @@ def _log(s: Session, losses: "list[Tensor]", bad: int) -> None:
     )
     if not math.isfinite(loss):
         raise TrainingFailed(f"the loss is {loss} at step {step}: {_REMEDY}")
-    budget = max(1.0, s.settings.data.max_bad * len(s.train_set) * max(1.0, seen / len(s.train_set)))
+    met = (step - begun) * s.batch.global_batch
+    budget = max(1.0, s.settings.data.max_bad * max(len(s.train_set), met))
     if bad_samples > budget:
         raise TrainingFailed(
             f"{bad_samples} samples could not be read by step {step}, more than data.max_bad {s.settings.data.max_bad} "
@@ -274,9 +295,11 @@ def _evaluate(s: Session) -> dict[str, float]:
     s.engine.eval()
     result = evaluate.evaluate(s.engine.forward, batches, s.prepare, len(s.val_set.classes), len(s.val_set), s.me)
     s.engine.train()
+    s.journal.row(s.engine.steps, {f"val/{name}": value for name, value in result.metrics.items()})
+    if not math.isfinite(result.metrics["loss"]):
+        raise TrainingFailed(f"the validation loss is {result.metrics['loss']} at step {s.engine.steps}: {_REMEDY}")
     if s.me.first:
         evaluate.publish(s.run, s.engine.steps, result, s.val_set.classes)
-    s.journal.row(s.engine.steps, {f"val/{name}": value for name, value in result.metrics.items()})
     return result.metrics
 
 
@@ -392,6 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)  # options may stand between overrides
     stopping = stop.install()
     rank, node = int(os.environ.get("RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
+    made: list[RunDir] = []
     try:
         settings, run = _open(args)
         if run and args.attempt is not None:
@@ -401,8 +425,12 @@ def main(argv: list[str] | None = None) -> int:
         if run and rundir.state(run)["state"] == "done":
             print(f"{run.path} is finished; its report is {run.report}")
             return rundir.EXIT_DONE
-        return train(lambda: run or _new_run(args, settings), settings, args.attempt, stopping)
+        return train(lambda: run or _new_run(args, settings, made), settings, args.attempt, stopping)
     except (ValueError, TrainingFailed) as error:
+        if isinstance(error, ValueError) and made:  # refused: its name is free again
+            shutil.rmtree(made[0].path)
+            with contextlib.suppress(OSError):
+                made[0].path.parent.rmdir()
         world = int(os.environ.get("WORLD_SIZE", "1"))
         print((f"rank {rank}: " if world > 1 else "") + f"error: {error}", file=sys.stderr)
         return rundir.EXIT_REFUSED if isinstance(error, ValueError) else rundir.EXIT_DO_NOT_REQUEUE
@@ -417,9 +445,10 @@ def _open(args: argparse.Namespace) -> tuple[Config, RunDir | None]:
         run = RunDir(target.resolve())
         return config.load(run.config), run
     settings = config.with_absolute_paths(config.load(target, args.overrides))
+    rundir.check_name(args.name or target.stem)
     if not args.name:
         return settings, None
-    run = RunDir(Path(args.runs).resolve() / rundir.check_name(args.name))
+    run = RunDir(Path(args.runs).resolve() / args.name)
     if not run.config.exists():
         return settings, None
     changed = config.difference(config.load(run.config), settings)
@@ -428,11 +457,15 @@ def _open(args: argparse.Namespace) -> tuple[Config, RunDir | None]:
     return settings, run
 
 
-def _new_run(args: argparse.Namespace, settings: Config) -> RunDir:
-    """A folder for a new run, named after the configuration and the time unless --name says otherwise."""
+def _new_run(args: argparse.Namespace, settings: Config, made: list[RunDir]) -> RunDir:
+    """A folder, noted in `made`, for a new run; named after configuration and time unless --name says otherwise."""
     name = args.name or f"{Path(args.target).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     run = RunDir(Path(args.runs).resolve() / rundir.check_name(name))
-    rundir.publish(run.config, config.to_yaml(settings))
+    try:
+        rundir.publish(run.config, config.to_yaml(settings))
+    except OSError as error:
+        raise SettingsError(f"--runs {args.runs}: {run.path} cannot be made ({error.strerror})") from None
+    made.append(run)
     return run
 
 

@@ -1,6 +1,8 @@
 """Whole runs of the trainer over gloo: to the end, stopped and resumed, refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import yaml
 from safetensors.torch import load_file
 
 from tests import ranks, workers
-from vitdist import rundir
+from vitdist import checkpoint, rundir
 from vitdist.rundir import RunDir
 
 pytestmark = pytest.mark.processes
+ROOT = Path(__file__).parents[2]
 
 
 def train(tmp_path: Path, world: int, *arguments: str, stop_at: int | None = None) -> tuple[set[int], str]:
@@ -143,6 +146,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, recipe: Path, arg
     assert codes == {rundir.EXIT_REFUSED}
     assert reason in text
     assert "Traceback" not in text
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_existing_name_with_other_settings_is_refused(tmp_path: Path, recipe: Path) -> None:
@@ -160,26 +164,44 @@ def test_a_run_without_a_name_gets_a_folder_of_its_own(tmp_path: Path, recipe: P
     assert RunDir(run).model.exists()
 
 
-def test_diverging_ends_with_a_reason(tmp_path: Path, recipe: Path) -> None:
-    codes, text = train(
-        tmp_path,
-        1,
-        str(recipe),
-        "--name",
-        "nan",
-        "optim.lr=100",
-        "optim.clip=0",
-        "optim.eps=1e-30",
-        "optim.warmup=0",
-        "train.steps=400",
-    )
+DIVERGING = ["optim.lr=100", "optim.clip=0", "optim.eps=1e-30", "optim.warmup=0", "train.steps=400"]
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_diverging_ends_with_a_reason(tmp_path: Path, recipe: Path, zero: int) -> None:
+    codes, text = train(tmp_path, 1, str(recipe), "--name", "nan", *DIVERGING, f"engine.zero={zero}")
     assert codes == {rundir.EXIT_DO_NOT_REQUEUE}, text
     assert "lower optim.lr" in text
     assert "Traceback" not in text
-    assert all(
-        "NaN" not in line and "Infinity" not in line
-        for line in (tmp_path / "runs/nan/metrics.jsonl").read_text().splitlines()
-    )
+    rows = (tmp_path / "runs/nan/metrics.jsonl").read_text()
+    assert "NaN" not in rows
+    assert "Infinity" not in rows
     record = rundir.state(RunDir(tmp_path / "runs" / "nan"))
     assert record["state"] == "failed"
     assert "the run diverged" in record["reason"]
+
+
+def test_a_failing_rank_with_loader_processes_ends(tmp_path: Path, recipe: Path) -> None:
+    """Loaders ignore SIGTERM: a rank that left them to the interpreter's end would wait for them for ever."""
+    command = [sys.executable, "-m", "vitdist.train", str(recipe), "--runs", str(tmp_path / "runs"), "--name", "x"]
+    done = subprocess.run(
+        [*command, *DIVERGING, "engine.zero=0", "data.workers=2"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == rundir.EXIT_DO_NOT_REQUEUE, done.stderr
+    assert "lower optim.lr" in done.stderr
+
+
+def test_a_torn_checkpoint_is_put_aside_and_made_again(tmp_path: Path, recipe: Path) -> None:
+    every = "checkpoint.every_steps=3"
+    codes, text = train(tmp_path, 1, str(recipe), "--name", "torn", every, stop_at=7)
+    assert codes == {rundir.EXIT_STOPPED}, text
+    run = RunDir(tmp_path / "runs" / "torn")
+    victim = next((run.checkpoints / "step-00000007" / "state").glob("*optim*"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    codes, text = train(tmp_path, 1, str(recipe), "--name", "torn", every, stop_at=7)
+    assert codes == {rundir.EXIT_STOPPED}, text
+    assert "checkpoint passed over: step-00000007" in text
+    assert "goes on at step 6 of 12" in text
+    assert checkpoint.verify(run.checkpoints / "step-00000007") is None
+    assert len(list(run.checkpoints.glob(".torn-step-00000007-*"))) == 1

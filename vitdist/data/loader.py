@@ -8,7 +8,7 @@ Position t of the stream is step t whatever was prefetched, so a resume needs th
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader
@@ -34,12 +34,18 @@ def worker_count(config: Config, local_world: int) -> int:
 
 def train_batches(
     index: Index, config: Config, batch: Batch, rank: int, start_step: int, local_world: int = 1
-) -> Iterator[MicroBatch]:
-    """The micro-batches of this rank from `start_step` on, `batch.accumulation` a step, without end."""
+) -> Generator[MicroBatch]:
+    """The micro-batches of this rank from `start_step` on, `batch.accumulation` a step, without end; close it."""
     order = Order(len(index), config.train.seed, index.digest)
     samples = Samples(index, config.data, config.model.image_size, config.train.seed, training=True)
     wanted = _wanted(order, batch, rank, start_step)
-    return iter(_loader(samples, wanted, worker_count(config, local_world)))
+    batches = iter(_loader(samples, wanted, worker_count(config, local_world)))
+    try:
+        yield from batches
+    finally:
+        # Loader processes ignore SIGTERM (see stop.py), so leaving them to the interpreter's end would wait
+        # for ever: a traceback keeps them alive. Closing this generator ends them.
+        del batches
 
 
 def _wanted(order: Order, batch: Batch, rank: int, start_step: int) -> Iterator[Wanted]:
