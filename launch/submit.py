@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None, launcher: str = torchrun.LAUNCHER) -
     except (SettingsError, ValueError) as error:
         _say(f"error: {error}")
         return rundir.EXIT_REFUSED
+    except OSError as error:  # a full disk, a quota: the run folder has been taken back
+        where = error.filename2 or error.filename or args.runs
+        _say(f"error: {where}: {error.strerror or error}; nothing was submitted. Free space, or choose another --runs")
+        return rundir.EXIT_REFUSED
 
 
 def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:

@@ -443,6 +443,8 @@ def _open(args: argparse.Namespace) -> tuple[Config, RunDir | None]:
         if args.overrides or args.name:
             raise SettingsError(f"{target} is a run folder: its settings are fixed; give a .yaml to change any")
         run = RunDir(target.resolve())
+        if not run.config.exists():
+            raise SettingsError(f"{target} is no run folder (it has no config.yaml); give one, or a configuration")
         return config.load(run.config), run
     settings = config.with_absolute_paths(config.load(target, args.overrides))
     rundir.check_name(args.name or target.stem)

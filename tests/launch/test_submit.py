@@ -494,3 +494,15 @@ bash $1 > {place}/job.out 2>&1 & echo Submitted batch job 4711""",
     assert "96.00 %" in out
     assert rundir.read_json(RunDir(place / "runs" / "x").attempt(0).job)["scheduler"] == "slurm"  # type: ignore[index]
     assert SUBMIT.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    place: Path, slurm: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "a", None, "runs/x/code/a")
+
+    monkeypatch.setattr(launch_submit.snapshot, "take", full)
+    assert launch_submit.main(["--config", "tiny.yaml", "--name", "x"]) == 2
+    assert "runs/x/code/a: No space left on device; nothing was submitted" in capsys.readouterr().err
+    assert not (place / "runs").exists()

@@ -135,6 +135,7 @@ def test_the_exported_model_classifies_digits_as_the_evaluation_did(tmp_path: Pa
     ("arguments", "reason"),
     [
         (["nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["."], ". is no run folder"),
         (["{recipe}", "optim.layer_deacy=0.5"], "did you mean optim.layer_decay?"),
         (["{recipe}", "train.global_batch=7"], "does not divide over 2 ranks: use 6 or 8"),
         (["{recipe}", "data.train=empty"], "vitdist pack"),
