@@ -5,9 +5,10 @@
 The trainer and the launcher show the same. Where the output is no terminal a plain line comes now and then.
 """
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -70,6 +71,25 @@ class Bar:
         self._next = time.monotonic() + self._every_s
         self._shown = self._line
         print(self._line, flush=True)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, unit: str, wanted: bool = True) -> Iterator[Callable[[int], None]]:
+    """A function that shows how many `unit` of `total` are done: a bar on a terminal's stderr, nothing in a log."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    speed = TextColumn("{task.fields[speed]} " + unit + "/s")
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
+        task = bar.add_task("", total=total, speed="-")
+
+        def show(done: int) -> None:
+            rate = done / max(bar.tasks[0].elapsed or 0, 0.1)
+            bar.update(task, completed=done, speed=f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}")
+
+        yield show
 
 
 def _figures(

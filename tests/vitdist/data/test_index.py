@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import subprocess
 import tarfile
 import zlib
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitdist.data import index
-from vitdist.data.index import Index, build, scan
+from vitdist.data import tar as tars
+from vitdist.data.index import Index, _scan_once, build, join, scan
 
 
 def picture(seed: int) -> bytes:
@@ -49,11 +50,12 @@ def test_reads_what_tarfile_writes(tmp_path: Path, form: int) -> None:
     assert opened.labels.tolist() == [0, 1, 2, 0]
     assert opened.counts == [2, 1, 1]
     assert opened.classes == ["class 0", "class 1", "class 2"]
-    for i, row in enumerate(opened.rows):
-        start, size = int(row["offset"]), int(row["size"])
+    for i in range(4):
+        shard, start, size = opened.span(i)
+        assert shard == 0
         with tarfile.open(fileobj=io.BytesIO(whole[start : start + size] + bytes(1024))) as span:
             assert span.getnames() == [f"{NAMES[i]}.cls", f"{NAMES[i]}.png"]  # its extension headers are in the span
-        assert zlib.crc32(whole[start : start + size]) == row["crc32"]
+        assert zlib.crc32(whole[start : start + size]) == opened.columns["crc32"][i]
         assert opened.image(i) == picture(i)
         assert opened.key(i) == opened.source(i) == NAMES[i]
 
@@ -62,7 +64,7 @@ def test_keys_are_those_of_webdataset(tmp_path: Path) -> None:
     from webdataset.tariterators import base_plus_ext
 
     for name in [*NAMES, "a.b/c", ".hidden", "no_extension", "x/.y", "a b", "double.dot"]:
-        match = index._KEY.fullmatch(f"{name}.Seg.PNG")
+        match = tars._KEY.fullmatch(f"{name}.Seg.PNG")
         assert (match.groups() if match else (None, None)) == base_plus_ext(f"{name}.Seg.PNG")
 
 
@@ -100,8 +102,8 @@ def test_every_cut_is_found(tmp_path: Path) -> None:
     tar = tmp_path / "s.tar"
     write_tar(tar, samples(["a", "b"]))
     whole = tar.read_bytes()
-    rows = scan(tar).rows
-    end = int(rows["offset"][-1] + rows["size"][-1])
+    columns = scan(tar).columns
+    end = int(columns["offset"][-1] + columns["size"][-1])
     for size in [*range(0, end + 512, 256), 100, end - 1, end + 511]:
         tar.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"cut off|are no tar"):
@@ -117,8 +119,12 @@ def test_every_cut_is_found(tmp_path: Path) -> None:
         ([*samples(["a", "b"]), ("a.txt", b"")], "members of 'a' do not lie together"),
         ([("a.cls", b"1")], "sample 'a' has no picture"),
         ([("a.png", b"x")], r"sample 'a' has no \.cls"),
-        ([("a.png", b"x"), ("a.cls", b"cat")], "label of 'a' is b'cat', not an integer"),
-        ([("a.png", b"x"), ("a.cls", b"-1")], "has label -1"),
+        ([("a.png", b"x"), ("a.txt", b"cat")], r"has no \.cls member with its class; it has others: --label txt"),
+        ([("a.png", b"x"), ("a.json", b"{}")], r"it has others: --label json:FIELD"),
+        ([("a.png", b"x"), ("a.cls", b" ")], "the label of 'a' is empty"),
+        ([("a.png", b"x"), ("a.cls", b"-1")], r"s\.tar: sample 'a' has label -1"),
+        ([("a.png", b"x"), ("a.cls", b"4294967296")], r"s\.tar: sample 'a' has label 4294967296, too high"),
+        ([], "an empty tar, it holds no samples"),
         ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], "more than one picture"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.cls", b"2")], "the same member twice"),
     ],
@@ -163,6 +169,7 @@ def test_open_says_what_to_run(tmp_path: Path) -> None:
     record = json.loads((folder / "index.json").read_text())
     for text, message in (
         (json.dumps(record | {"version": 99}), "newer vitdist"),
+        (json.dumps(record | {"version": 1}), "older vitdist"),
         ("{", "run: vitdist index"),
         ("{}", "another program"),
         (json.dumps(record | {"shards": record["shards"] * 2}), "does not fit"),
@@ -171,6 +178,16 @@ def test_open_says_what_to_run(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             Index.open(folder)
     build(folder)
+    table = bytearray((folder / "index.arrow").read_bytes())
+    table[len(table) // 2] ^= 1  # a label may be under it
+    (folder / "index.arrow").write_bytes(table)
+    with pytest.raises(ValueError, match="does not fit"):
+        Index.open(folder)
+    build(folder)
+    write_tar(folder / "new.tar", samples(["n"]))
+    with pytest.raises(ValueError, match=r"new\.tar is not in the index"):
+        Index.open(folder)
+    (folder / "new.tar").unlink()
     write_tar(folder / "s.tar", samples([str(i) for i in range(9)]))
     with pytest.raises(ValueError, match=r"s\.tar has .* bytes, not the"):
         Index.open(folder)
@@ -178,3 +195,111 @@ def test_open_says_what_to_run(tmp_path: Path) -> None:
     (folder / "s.tar").unlink()
     with pytest.raises(ValueError, match=r"s\.tar is missing"):
         Index.open(folder)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax", "ustar"])
+def test_reads_what_plain_tar_writes(tmp_path: Path, form: str) -> None:
+    source = tmp_path / "source"
+    for i, name in enumerate(["a", "ü" * 45, "long/" * 30 + "z"]):
+        for extension, content in (("png", picture(i)), ("cls", str(i).encode())):
+            path = source / f"{name}.{extension}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    command = ["tar", f"--format={form}", "--sort=name", "-cf", str(shards / "s.tar"), "-C", str(source), "."]
+    subprocess.run(command, check=True)
+    build(shards)
+    opened = Index.open(shards)
+    assert {opened.key(i): int(opened.labels[i]) for i in range(3)} == {
+        "./a": 0,
+        "./" + "ü" * 45: 1,
+        "./" + "long/" * 30 + "z": 2,
+    }
+    assert [opened.image(i) for i in range(3)] == [picture(int(label)) for label in opened.labels]
+
+
+def test_labels_in_txt_and_json(tmp_path: Path) -> None:
+    """img2dataset writes KEY.jpg, KEY.txt and KEY.json; names become classes in their alphabetical order."""
+    members = []
+    for i, name in enumerate(["dog", "cat", "猫", "cat"]):
+        about = {"caption": "x", "label": i % 2, "deep": {"name": name}, "share": 0.5, "real": float(i)}
+        members += [(f"{i:09d}.jpg", picture(i)), (f"{i:09d}.json", json.dumps(about).encode())]
+        members += [(f"{i:09d}.txt", f" {name}\n".encode())]
+    write_tar(tmp_path / "s.tar", members)
+    for label, classes, labels in (
+        ("txt", ["cat", "dog", "猫"], [1, 0, 2, 0]),
+        ("json:deep.name", ["cat", "dog", "猫"], [1, 0, 2, 0]),
+        ("json:label", ["class 0", "class 1"], [0, 1, 0, 1]),
+        ("json:real", ["class 0", "class 1", "class 2", "class 3"], [0, 1, 2, 3]),
+    ):
+        build(tmp_path, label=label)
+        opened = Index.open(tmp_path)
+        assert (opened.classes, opened.labels.tolist()) == (classes, labels)
+        (tmp_path / "index.json").unlink()
+    for label, message in (
+        ("json:missing", "has no field 'missing'; there are: caption, label, deep, share, real"),
+        ("json:share", "its label 'share' is 0.5, neither a number nor a name"),
+        ("json:deep", "neither a number nor a name"),
+        ("jpg", "write cls, txt or json:FIELD"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, label=label)
+    with pytest.raises(ValueError, match="sample '000000002' has label '猫', which is not among the 2 classes"):
+        build(tmp_path, ["dog", "cat"], label="txt")
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_indexing_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", samples([name, name + name]))
+    (tmp_path / "c.tar").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"c\.tar: 7 bytes are no tar"):
+        build(tmp_path, workers=1)
+    scanned: list[str] = []
+    monkeypatch.setattr("vitdist.data.index.scan", lambda path, *rest: scanned.append(path.name) or scan(path, *rest))
+    write_tar(tmp_path / "c.tar", samples(["c"]))
+    write_tar(tmp_path / "b.tar", samples(["b", "bb"])[::-1])  # of the same size
+    for name in ("b.tar", "c.tar"):
+        _scan_once(str(tmp_path), "cls", tmp_path / ".index", name)
+    _scan_once(str(tmp_path), "cls", tmp_path / ".index", "a.tar")
+    assert scanned == ["b.tar", "c.tar"]
+    build(tmp_path)
+    opened = Index.open(tmp_path)
+    assert opened.keys() == ["a", "aa", "bb", "b", "c"]
+    assert [opened.image(i) for i in (2, 3)] == [picture(1), picture(0)]
+
+
+def test_one_shard_twice_is_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", samples(["x", "y"]))
+    with pytest.raises(ValueError, match=r"b\.tar and a\.tar are the same shard"):
+        build(tmp_path)
+
+
+def test_sets_are_joined(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "s.tar", samples([f"{name}{i}" for i in range(3 + number)]))
+        build(tmp_path / name, ["x", "y", "z"])
+    parts = [Index.open(tmp_path / name) for name in "ab"]
+    both = join(parts)
+    assert (len(both), both.counts) == (7, [3, 2, 2])
+    assert [both.key(i) for i in range(7)] == parts[0].keys() + parts[1].keys()
+    assert [both.image(i) for i in range(3, 7)] == [parts[1].image(i) for i in range(4)]
+    assert both.digest not in (parts[0].digest, parts[1].digest, join(parts[::-1]).digest)
+    build(tmp_path / "b", ["x", "y", "Z"])
+    with pytest.raises(ValueError, match=r"differ in classes \(Z, z\)"):
+        join([parts[0], Index.open(tmp_path / "b")])
+
+
+def test_an_index_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for i in range(3):
+        write_tar(tmp_path / f"shards/part-{i}.tar", samples([f"{i}-{j}" for j in range(3)]))
+    build(f"{tmp_path}/shards/part-{{0..1}}.tar", out=tmp_path / "index")
+    opened = Index.open(tmp_path / "index")
+    assert [opened.key(i) for i in range(6)] == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]
+    assert opened.image(4) == picture(1)
+    with pytest.raises(ValueError, match="no names of shards"):
+        build(tmp_path / "nothing")
