@@ -39,11 +39,17 @@ def check(settings: Config, runs: Path, nodes: int, cluster: Cluster | None, slu
 
 
 def shards(settings: Config) -> list[Finding]:
-    """Training and validation shards are there, indexed, not empty and of the same classes."""
+    """Training and validation shards are there, indexed, not empty and of the same classes.
+
+    Only those on a disk are looked at: a server may be out of reach here and in reach of the compute nodes.
+    """
     found: list[Finding] = []
     classes: dict[str, list[str]] = {}
-    for name in ("train", "val"):
-        folder = Path(getattr(settings.data, name))
+    wanted = [] if settings.data.stream else [("train", place) for place in settings.data.train_sets]
+    for name, place in [*wanted, ("val", settings.data.val)]:
+        if "://" in place:
+            continue
+        folder = Path(place)
         record, fault = _index(folder)
         if fault:
             found.append(Finding("refuse", f"data.{name}: {fault}"))
@@ -51,19 +57,40 @@ def shards(settings: Config) -> list[Finding]:
             empty = f"data.{name}: {folder}: its index names no pictures; run: vitdist index {folder}"
             found.append(Finding("refuse", empty))
         else:
-            classes[name] = record.get("classes", [])
-    if len(classes) == 2 and classes["train"] != classes["val"]:
-        odd = sorted(set(classes["train"]) ^ set(classes["val"]))
-        what = f"differ in the classes {', '.join(odd[:5])}" if odd else "have their classes in different orders"
-        found.append(Finding("refuse", f"data.train and data.val {what}: pack both with one `vitdist pack FOLDER OUT`"))
-    return found
+            classes[place] = record.get("classes", [])
+    return found + _same_classes(settings, classes)
+
+
+def _same_classes(settings: Config, classes: dict[str, list[str]]) -> list[Finding]:
+    if len({tuple(names) for names in classes.values()}) < 2:
+        single = [names[0] for names in classes.values() if len(names) == 1]
+        text = f"data: a single class, {single[0]!r}: there is nothing to tell apart" if single else ""
+        return [Finding("refuse", text)] if text else _class_shares(settings, classes)
+    (first, names), *others = classes.items()
+    other, its_names = next(item for item in others if item[1] != names)
+    odd = sorted(set(names) ^ set(its_names))
+    what = f"differ in the classes {', '.join(odd[:5])}" if odd else "have their classes in different orders"
+    pair = "data.train and data.val" if settings.data.val in (first, other) else "the sets of data.train"
+    return [Finding("refuse", f"{pair} {what}: pack both with one `vitdist pack FOLDER OUT`")]
+
+
+def _class_shares(settings: Config, classes: dict[str, list[str]]) -> list[Finding]:
+    wanted = settings.data.class_shares
+    names = next(iter(classes.values()), None)
+    if isinstance(wanted, str) or names is None:
+        return []
+    return [
+        Finding("refuse", f"data.class_shares: there is no class {name!r}; there are: {', '.join(names[:20])}")
+        for name in wanted
+        if name not in names
+    ]
 
 
 def _index(folder: Path) -> tuple[dict[str, Any], str]:
     """What index.json says, and what is wrong ("" if nothing)."""
     if not folder.is_dir():
         return {}, f"{folder}: no such folder; to make it of pictures run: vitdist pack FOLDER {folder.parent}"
-    if not any(folder.glob("*.tar")):
+    if not any(folder.glob("*.tar")) and not (folder / "index.json").exists():
         inside = [path for path in (folder / "train", folder / "val") if any(path.glob("*.tar"))]
         hint = f"did you mean {inside[0]}?" if inside else f"if it holds pictures, run: vitdist pack {folder} OUT"
         return {}, f"{folder}: holds no shards (*.tar); {hint}"

@@ -14,7 +14,9 @@ OWNERS = {
     "deepspeed": {"vitdist/engine.py"},
     "transformers": {"vitdist/model.py", "vitdist/export.py"},
     "wandb": {"vitdist/tracking.py"},
-    "webdataset": {"vitdist/data/pack.py", "vitdist/data/reader.py"},
+    "webdataset": {"vitdist/data/pack.py", "vitdist/data/reader.py", "vitdist/data/stream.py"},
+    "fsspec": {"vitdist/data/storage.py"},
+    "urllib3": {"vitdist/data/storage.py"},
     "submitit": {"launch/submit.py", "launch/cluster.py", "launch/job.py"},
     "altair": {"vitdist/report.py"},
 }
@@ -31,6 +33,7 @@ TORCH_FREE = [
     "vitdist.report",
     "vitdist.data.index",
     "vitdist.data.order",
+    "vitdist.data.storage",
 ]
 
 

@@ -33,13 +33,18 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # YAML has no tuples: a list of exactly two (three) numbers is taken for one.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Share = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Data(Section):
-    train: str
-    """Folder of indexed training shards (made by `vitdist pack`)."""
+    train: str | Annotated[dict[str, Share], Field(min_length=1)]
+    """Folder or URL of indexed training shards (made by `vitdist pack`); several as {folder: share of the batches}.
+    stream:URLS.tar reads shards without an index in webdataset's way: no exact order, no exact resume."""
     val: str
-    """Folder of indexed validation shards with the same classes."""
+    """Folder or URL of indexed validation shards with the same classes."""
+    class_shares: Literal["natural", "sqrt", "balanced"] | dict[str, Share] = "natural"
+    """How often each class comes. natural: as in the data; balanced: all alike; sqrt: by the root of their number.
+    Or {class: share, ...} in relation to each other; classes not named have 1."""
     workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
     """Loader processes for each rank; 0 loads in the rank itself. auto: 0 on a CPU, else its cores, at most 8."""
     crop_scale: Pair = (0.08, 1.0)
@@ -54,8 +59,51 @@ class Data(Section):
     """Mean of each channel, pixels in 0 to 1. 0.5 is what Google's ViT checkpoints were trained with."""
     std: Triple = (0.5, 0.5, 0.5)
     """Standard deviation of each channel, pixels in 0 to 1."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of Beta(alpha, alpha), from which mixup draws the share of each of two pictures (0.8 in DeiT); 0: off."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """The same for the area that cutmix cuts from the partner (1.0 in DeiT); with mixup too, each pair draws which."""
+    mix_chance: Fraction = 1.0
+    """Chance of a pair to be mixed at all, where mixup or cutmix is on."""
+    erase: Fraction = 0.0
+    """Chance of a rectangle, 0.02 to 0.33 of the picture, to be erased (0.25 in DeiT)."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """gpu: JPEGs are decoded and cropped on the GPU (torchcodec, nvJPEG); loader processes only read."""
     max_bad: Fraction = 0.001
     """Share of unreadable samples in an epoch over which the run ends."""
+    cache: str | None = None
+    """Folder on a disk of the node that keeps what was read of remote (or slow) shards, for all ranks of the node."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Most that `cache` holds, in 10^9 bytes; what was not used longest goes first."""
+    stream_samples: Annotated[int, Field(ge=1)] | None = None
+    """stream: the number of samples that count as one epoch."""
+    allow_pipe: bool = False
+    """stream: allow pipe:COMMAND as a shard. It runs on every node: only for settings that you trust."""
+
+    @property
+    def train_sets(self) -> dict[str, float]:
+        """Folder or URL of each indexed training set, and its share of the batches."""
+        return {self.train: 1.0} if isinstance(self.train, str) else self.train
+
+    @property
+    def stream(self) -> str | None:
+        """The shards to be read without an index, if the training set is such."""
+        prefix = "stream:"
+        return self.train[len(prefix) :] if isinstance(self.train, str) and self.train.startswith(prefix) else None
+
+    @model_validator(mode="after")
+    def _streams(self) -> "Data":
+        if any(name.startswith("stream:") for name in self.train_sets) and self.stream is None:
+            raise ValueError("train: a stream: cannot be mixed with other sets; index its shards with `vitdist index`")
+        if (self.stream is None) != (self.stream_samples is None):
+            raise ValueError("stream_samples: give it with train=stream:..., and only then")
+        if self.stream and self.class_shares != "natural":
+            raise ValueError("class_shares: a stream: has no index to choose by; index its shards with `vitdist index`")
+        if self.stream and "pipe:" in self.stream and not self.allow_pipe:
+            raise ValueError("train: pipe: runs a command on every node; allow it with data.allow_pipe=true")
+        if not any(self.train_sets.values()):
+            raise ValueError("train: one of the sets must have a share above 0")
+        return self
 
     @model_validator(mode="after")
     def _ranges(self) -> "Data":
@@ -359,7 +407,15 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def with_absolute_paths(settings: Config) -> Config:
     """Local folders made absolute, so that a job that runs elsewhere finds them."""
-    data = settings.data.model_copy(update={name: _absolute(getattr(settings.data, name)) for name in ("train", "val")})
+    given = settings.data
+    train = given.train if given.stream else {_absolute(place): share for place, share in given.train_sets.items()}
+    data = given.model_copy(
+        update={
+            "train": next(iter(train)) if isinstance(given.train, str) and isinstance(train, dict) else train,
+            "val": _absolute(given.val),
+            "cache": given.cache and _absolute(given.cache),
+        }
+    )
     model, pretrained = settings.model, settings.model.pretrained
     if pretrained and (Path(pretrained).is_dir() or pretrained.startswith((".", "/", "~"))):
         model = model.model_copy(update={"pretrained": _absolute(pretrained)})
@@ -367,7 +423,7 @@ def with_absolute_paths(settings: Config) -> Config:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return path if "://" in path else str(Path(path).expanduser().resolve())
 
 
 def _fault(kind: type[Section], loc: tuple[int | str, ...], message: str, code: str, given: Any) -> str:
@@ -431,6 +487,8 @@ def _type_in_words(annotation: Any) -> str:
         return _type_in_words(args[0])
     if isinstance(annotation, types.UnionType) or origin is typing.Union:
         return "|".join(_type_in_words(a) for a in args if a is not type(None))
+    if origin is dict:
+        return "{name: number, ...}"
     if origin is tuple:
         return "[" + ", ".join(_type_in_words(a) for a in args) + "]"
     return {int: "integer", float: "number", str: "text", bool: "true|false"}.get(annotation, str(annotation))
@@ -451,6 +509,8 @@ def to_plain(value: Any) -> Any:
         return {name: to_plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, tuple):
         return [to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: to_plain(item) for name, item in value.items()}
     return value
 
 

@@ -18,7 +18,7 @@ from vitdist.dist import Processes
 from vitdist.rundir import RunDir
 
 if TYPE_CHECKING:
-    from vitdist.data.reader import MicroBatch
+    from vitdist.data.reader import Bad, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Evaluation:
     predicted: np.ndarray
     confidence: np.ndarray
     """Of every sample in the order of ids: its class, the predicted one and the probability given to that."""
+    bad: "list[Bad]"
+    """Samples that could not be read, of all ranks; in none of the figures."""
 
     def per_class(self, classes: list[str]) -> list[dict[str, Any]]:
         precision, recall, f1 = class_scores(self.confusion)
@@ -91,12 +93,13 @@ def evaluate(
     counted as `unreadable`. Raises AssertionError unless all other of `samples` were counted exactly once.
     """
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, hits among the best five, unreadable
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, hits among the best five
     seen: list[np.ndarray] = []
+    unread: list[Bad] = []
     for batch in batches:
         logits = forward(prepare(batch.images)).float().cpu()
         kept = batch.mask
-        sums[2] += len(batch.bad)
+        unread += batch.bad
         logits, labels = logits[kept], batch.labels[kept]
         probabilities = logits.softmax(1)
         confidence, predicted = probabilities.max(1)
@@ -113,7 +116,8 @@ def evaluate(
     table = np.concatenate([part for rank in me.gather(seen) for part in rank], axis=1)
     table = table[:, np.argsort(table[0], kind="stable")]
     ids = table[0].astype(np.int64)
-    unreadable = int(sums[2])
+    bad = sorted(sample for rank in me.gather(unread) for sample in rank)
+    unreadable = len(bad)
     counts = (len(ids), len(np.unique(ids)))
     assert counts == (samples - unreadable,) * 2, (
         f"{counts} counted and different, {unreadable} unreadable, of {samples}"
@@ -128,6 +132,7 @@ def evaluate(
         labels=table[1].astype(np.int64),
         predicted=table[2].astype(np.int64),
         confidence=table[3].astype(np.float32),
+        bad=bad,
     )
 
 

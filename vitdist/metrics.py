@@ -23,7 +23,7 @@ class Meter:
     """Times between two rows of the log, on this rank; `world` ranks run in step."""
 
     def __init__(self, global_batch: int, flops_per_image: float, world: int, device: torch.device) -> None:
-        self._batch, self._flops, self._world, self._device = global_batch, flops_per_image, world, device
+        self._batch, self.flops_per_image, self._world, self._device = global_batch, flops_per_image, world, device
         self._peak = peak_flops(device)
         self._images, self._busy = 0, 0.0
         self._restart()
@@ -60,7 +60,7 @@ class Meter:
         if self._device.type == "cuda":
             figures["perf/memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         if self._peak:
-            figures["perf/mfu_pct"] = 100 * images_per_s * self._flops / (self._peak * self._world)
+            figures["perf/mfu_pct"] = 100 * images_per_s * self.flops_per_image / (self._peak * self._world)
         self._images += self._steps * self._batch
         self._busy += elapsed
         self._restart()

@@ -31,6 +31,7 @@ from PIL import Image
 
 from vitdist import config, rundir
 from vitdist.config import Config
+from vitdist.data import index
 from vitdist.data.index import Index
 from vitdist.rundir import RunDir
 
@@ -200,7 +201,8 @@ def confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
 def class_counts(facts: Facts, kind: str) -> dict[str, int]:
     """Class -> samples of "train" or "val" as indexed, or {} where the shards are out of reach."""
     try:
-        shards = Index.open(facts.settings["data"][kind])
+        given = facts.settings["data"][kind]
+        shards = index.join([Index.open(folder) for folder in ([given] if isinstance(given, str) else given)])
     except (OSError, ValueError, KeyError):
         scores = facts.evaluation.get("per_class", ()) if kind == "val" else ()
         return {c["name"]: c["support"] for c in scores}

@@ -11,6 +11,7 @@
       checkpoints/step-S/       appears whole; manifest.json says what is in it
       metrics.jsonl             one row every few steps, the truth that W&B mirrors
       evaluation.json predictions.npz    the newest evaluation
+      bad_samples.jsonl         every broken sample that was met: step, set, shard, key, reason
       wandb/ model/ report.html
 
 A file that another process reads is published: written beside its place, synced, renamed.
@@ -114,6 +115,10 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def bad_samples(self) -> Path:
+        return self.path / "bad_samples.jsonl"
 
     @property
     def evaluation(self) -> Path:

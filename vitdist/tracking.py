@@ -11,9 +11,10 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlparse
 
 from vitdist import config, rundir
@@ -76,6 +77,15 @@ class Journal:
         self._last |= figures
         self.progress(step, "training")
         self._guard(lambda: self._wandb.log({k: v for k, v in row.items() if k not in ("attempt", "time")}))
+
+    def bad_samples(self, step: int, kind: str, samples: Sequence[NamedTuple]) -> None:
+        """Note broken samples of the "train" or "val" set in the run's list of them."""
+        if not self._first or not samples:
+            return
+        about = {"attempt": self._attempt.number, "step": step, "set": kind}
+        lines = "".join(json.dumps(about | sample._asdict(), ensure_ascii=False) + "\n" for sample in samples)
+        with open(self._run.bad_samples, "a", encoding="utf-8") as file:
+            file.write(lines)
 
     def progress(self, step: int, phase: str) -> None:
         """Move the bar; `phase` says what goes on."""

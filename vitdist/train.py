@@ -13,11 +13,12 @@ import shutil
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vitdist import config, rundir, stop
 from vitdist.config import Batch, Config, SettingsError
@@ -30,7 +31,8 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
 
     from vitdist.checkpoint import Identity
     from vitdist.data.index import Index
-    from vitdist.data.reader import MicroBatch
+    from vitdist.data.loader import Training
+    from vitdist.data.reader import Bad, MicroBatch
     from vitdist.dist import Processes
     from vitdist.engine import Engine
     from vitdist.metrics import Meter
@@ -41,11 +43,26 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
 # streak itself, and in fp32 and bf16, the run would go on for ever without an update.
 MOST_SKIPPED_IN_A_ROW = 50
 
+Result = TypeVar("Result")
 _REMEDY = "the run diverged; lower optim.lr, lengthen optim.warmup or set optim.clip"
 
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on, for a reason that a user can act on."""
+
+
+@dataclass
+class Broken:
+    """Samples that could not be used in this attempt."""
+
+    begun: int
+    """The step at which the attempt began."""
+    new: "list[Bad]" = field(default_factory=list)
+    """Of this rank, since the last row of the log."""
+    total: int = 0
+    """Of all ranks, as are the next two."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    shards: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class Session:
     settings: Config
     me: "Processes"
     journal: "Journal"
-    train_set: "Index"
+    training: "Training"
     val_set: "Index"
     batch: Batch
     total: int
@@ -125,18 +142,23 @@ def _assemble(
 ) -> tuple[Session, dict[str, Any]]:
     """Open the data, build the model and its groups, hand them to DeepSpeed; the second value describes them."""
     from vitdist import checkpoint, metrics, model, optim
-    from vitdist.data.index import Index
-    from vitdist.data.order import Order, order_hash
+    from vitdist.data import augment
     from vitdist.engine import Engine  # asks at import which device `dist` chose
 
-    train_set, val_set = Index.open(settings.data.train), Index.open(settings.data.val)
-    _same_classes(settings, train_set, val_set)
     batch = config.split_batch(settings.train, me.world)
-    total = config.total_steps(settings.train, batch, len(train_set))
-    order = Order(len(train_set), settings.train.seed, train_set.digest)
-    _agree("order of samples", order_hash(order, batch.global_batch), me)
+    augment.check(settings.data, batch.micro_batch)
+    training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch.global_batch))
+    _agree(
+        me,
+        {
+            "training shards": training.identity[:12],
+            "validation shards": val_set.digest[:12],
+            "order of samples": training.first_batch,
+        },
+    )
+    total = config.total_steps(settings.train, batch, training.samples)
 
-    net, weights = model.build(settings.model, train_set.classes, settings.train.seed, me.device)
+    net, weights = model.build(settings.model, training.classes, settings.train.seed, me.device)
     layer, depth = model.layers(net)
     groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
     meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
@@ -150,13 +172,36 @@ def _assemble(
         precision=engine.precision,
         global_batch=batch.global_batch,
         groups=fingerprint,
-        classes=checkpoint.class_hash(train_set.classes),
-        data=train_set.digest,
+        classes=checkpoint.class_hash(training.classes),
+        data=training.identity,
     )
     session = Session(
-        run, attempt, settings, me, journal, train_set, val_set, batch, total, net, engine, identity, meter
+        run, attempt, settings, me, journal, training, val_set, batch, total, net, engine, identity, meter
     )
     return session, about
+
+
+def _open_data(settings: Config, global_batch: int) -> "tuple[Training, Index]":
+    """The training and the validation set. Raises ValueError for what cannot be trained on."""
+    from vitdist.data import loader
+    from vitdist.data.index import Index
+
+    val_set = Index.open(settings.data.val, loader.cache(settings.data))
+    if settings.data.stream:
+        from vitdist.data import stream  # webdataset costs 0.6 s to import
+
+        training = stream.open_stream(settings, val_set.classes, global_batch)
+    else:
+        training = loader.open_training(settings, global_batch)
+    if training.classes != val_set.classes:
+        odd = sorted(set(training.classes) ^ set(val_set.classes)) or ["their order"]
+        raise ValueError(
+            f"data.train and data.val differ in classes ({', '.join(odd[:5])}): pack both with one `vitdist pack`, "
+            "or index both with one list (vitdist index --classes)"
+        )
+    if len(training.classes) < 2:
+        raise ValueError(f"data.train: a single class, {training.classes[0]!r}: there is nothing to tell apart")
+    return training, val_set
 
 
 def _export(s: Session, began: float) -> dict[str, float]:
@@ -165,6 +210,8 @@ def _export(s: Session, began: float) -> dict[str, float]:
 
     s.journal.progress(s.total, "exporting")
     scores = _evaluate(s)
+    counted = f"{scores['samples']:,} of {len(s.val_set):,}"
+    s.journal.say(f"evaluated {counted} validation samples, each once")
     whole = s.engine.full_weights(keep=s.me.first)
     if s.me.first:
         export.write(s.run.model, s.net, whole, s.settings)
@@ -173,14 +220,10 @@ def _export(s: Session, began: float) -> dict[str, float]:
 
 def _loop(s: Session, stopping: StopRequest) -> str | None:
     """Update until the last step; returns None, or the signal that stopped it after a checkpoint."""
-    from vitdist.data import loader
-
-    settings, engine = s.settings, s.engine
-    evaluate_every = max(1, round(settings.evaluation.every_epochs * len(s.train_set) / s.batch.global_batch))
+    settings = s.settings
+    evaluate_every = max(1, round(settings.evaluation.every_epochs * s.training.samples / s.batch.global_batch))
     save_every = settings.checkpoint.every_steps or evaluate_every
-    with contextlib.closing(
-        loader.train_batches(s.train_set, settings, s.batch, s.me.rank, engine.steps, s.me.local_world)
-    ) as batches:
+    with contextlib.closing(s.training.batches(s.batch, s.me.rank, s.engine.steps, s.me.local_world)) as batches:
         return _steps(s, batches, stopping, evaluate_every, save_every)
 
 
@@ -191,20 +234,19 @@ def _steps(
     settings, engine = s.settings, s.engine
     begun = engine.steps
     losses: list[Tensor] = []
-    bad, in_a_row = 0, 0
+    broken = Broken(begun)
+    in_a_row = 0
     engine.train()
     while engine.steps < s.total:
         skipped = engine.skipped
-        loss, broken = _update(s, batches)
-        losses.append(loss)
-        bad += broken
+        losses.append(_update(s, batches, broken))
         step = engine.steps
         in_a_row = in_a_row + 1 if engine.skipped > skipped else 0
         if in_a_row == MOST_SKIPPED_IN_A_ROW:
             raise TrainingFailed(f"the gradients of {in_a_row} steps up to step {step} are not finite: {_REMEDY}")
         last = step == s.total
         if step % settings.tracking.log_every == 0 or last:
-            _log(s, losses, bad, begun)
+            _log(s, losses, broken)
             losses = []
         s.journal.progress(step, "training")
         stop_now = s.me.any(bool(stopping)) and not last
@@ -220,68 +262,87 @@ def _steps(
     return None
 
 
-def _update(s: Session, batches: "Iterator[MicroBatch]") -> "tuple[Tensor, int]":
-    """One update over a global batch; returns this rank's mean loss and its number of broken samples."""
+def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken) -> "Tensor":
+    """One update over a global batch; returns this rank's mean loss, and adds to `broken`."""
     import torch
     from torch.nn import functional as F
 
     from vitdist import optim
+    from vitdist.data import augment
+    from vitdist.data.order import rank_slots
 
-    total_loss, broken = torch.zeros((), device=s.me.device), 0
+    total_loss, data, step = torch.zeros((), device=s.me.device), s.settings.data, s.engine.steps
     # Skipped updates do not advance the schedule: it counts the applied ones.
     s.engine.set_lr(optim.schedule(s.engine.steps - s.engine.skipped, s.total, s.settings.optim))
-    for _ in range(s.batch.accumulation):
+    for part in range(s.batch.accumulation):
         asked = time.monotonic()
         micro = next(batches)
         s.meter.waited(time.monotonic() - asked)
-        logits = s.engine.forward(s.prepare(micro.images)).float()
-        labels = micro.labels.to(s.me.device, non_blocking=True)
-        loss = F.cross_entropy(logits, labels, label_smoothing=s.settings.train.label_smoothing)
+        images, target = s.prepare(micro.images), micro.labels.to(s.me.device, non_blocking=True)
+        slots = rank_slots(step, part, s.me.rank, s.batch)
+        plan = augment.plan(data, s.settings.train.seed, step, slots, s.batch.global_batch, images.shape[-1])
+        if plan:
+            images, target = augment.apply(plan, images, F.one_hot(target, len(s.training.classes)).float())
+        logits = s.engine.forward(images).float()
+        loss = F.cross_entropy(logits, target, label_smoothing=s.settings.train.label_smoothing)
         s.engine.backward(loss)
         s.engine.step()
         total_loss += loss.detach()
-        broken += len(micro.bad)
+        broken.new += micro.bad
         for bad in micro.bad:
-            print(f"step {s.engine.steps}: replaced sample {bad.key} of {bad.shard}: {bad.reason}", file=sys.stderr)
+            print(f"step {step}: replaced sample {bad.key} of {bad.shard}: {bad.detail}", file=sys.stderr)
     s.meter.step()
-    return total_loss / s.batch.accumulation, broken
+    return total_loss / s.batch.accumulation
 
 
-def _log(s: Session, losses: "list[Tensor]", bad: int, begun: int) -> None:
-    """One row of figures of the steps since the last; ends a run that cannot learn any more.
-
-    `bad` counts the broken samples of this attempt, which began at step `begun`.
-    """
+def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
+    """One row of figures of the steps since the last; ends a run that cannot learn any more."""
     import torch
 
     engine, step = s.engine, s.engine.steps
     seen = step * s.batch.global_batch
     loss = s.me.mean(float(torch.stack(losses).mean()))
-    bad_samples = round(s.me.mean(bad) * s.me.world)
+    _note_broken(s, broken)
     rates = {f"lr/{name}": rate for name, rate in engine.lrs().items() if not name.endswith("_no_decay")}
     s.journal.row(
         step,
         {
             "train/loss": loss,
-            "train/epoch": seen / len(s.train_set),
+            "train/epoch": seen / s.training.samples,
             "train/samples_seen": seen,
             **rates,
             "optim/grad_norm": engine.grad_norm,
             "optim/loss_scale": engine.loss_scale,
             "optim/skipped_steps": engine.skipped,
-            "data/bad_samples": bad_samples,
+            "data/bad_samples": broken.total,
+            **{f"data/bad_{reason}": number for reason, number in sorted(broken.reasons.items())},
             **s.meter.row(s.total - step),
         },
     )
     if not math.isfinite(loss):
         raise TrainingFailed(f"the loss is {loss} at step {step}: {_REMEDY}")
-    met = (step - begun) * s.batch.global_batch
-    budget = max(1.0, s.settings.data.max_bad * max(len(s.train_set), met))
-    if bad_samples > budget:
+    met = (step - broken.begun) * s.batch.global_batch
+    budget = max(1.0, s.settings.data.max_bad * max(s.training.samples, met))
+    if broken.total > budget:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in broken.reasons.most_common())
+        shard, most = broken.shards.most_common(1)[0]
         raise TrainingFailed(
-            f"{bad_samples} samples could not be read by step {step}, more than data.max_bad {s.settings.data.max_bad} "
-            f"allows ({budget:.0f}): the logs name them; mend {s.settings.data.train} or raise data.max_bad"
+            f"{broken.total} samples could not be used by step {step} ({reasons}; {most} in {shard}), more than "
+            f"data.max_bad {s.settings.data.max_bad} allows ({budget:.0f}): {s.run.bad_samples} names them; "
+            "run `vitdist verify` on the shards, or raise data.max_bad"
         )
+
+
+def _note_broken(s: Session, broken: Broken) -> None:
+    """Count what all ranks met since the last row, and list it in the run folder."""
+    if not s.me.any(bool(broken.new)):
+        return
+    met = sorted(bad for rank in s.me.gather(broken.new) for bad in rank)
+    s.journal.bad_samples(s.engine.steps, "train", met)
+    broken.total += len(met)
+    broken.reasons.update(bad.reason for bad in met)
+    broken.shards.update(bad.shard for bad in met)
+    broken.new.clear()
 
 
 def _evaluate(s: Session) -> dict[str, float]:
@@ -295,6 +356,7 @@ def _evaluate(s: Session) -> dict[str, float]:
     s.engine.eval()
     result = evaluate.evaluate(s.engine.forward, batches, s.prepare, len(s.val_set.classes), len(s.val_set), s.me)
     s.engine.train()
+    s.journal.bad_samples(s.engine.steps, "val", result.bad)
     s.journal.row(s.engine.steps, {f"val/{name}": value for name, value in result.metrics.items()})
     if not math.isfinite(result.metrics["loss"]):
         raise TrainingFailed(f"the validation loss is {result.metrics['loss']} at step {s.engine.steps}: {_REMEDY}")
@@ -328,22 +390,31 @@ def _only_writer(run: RunDir, first: bool) -> Iterator[None]:
         yield
 
 
-def _same_classes(settings: Config, train_set: "Index", val_set: "Index") -> None:
-    if train_set.classes != val_set.classes:
-        odd = sorted(set(train_set.classes) ^ set(val_set.classes)) or ["their order"]
-        raise ValueError(
-            f"{settings.data.train} and {settings.data.val} differ in classes ({', '.join(odd[:5])}): "
-            "pack both with one `vitdist pack`"
-        )
+def _on_every_rank(me: "Processes", work: Callable[[], Result]) -> Result:
+    """`work()` on each rank. What one rank cannot do ends all of them at once, with its reason."""
+    result, fault = None, None
+    try:
+        result = work()
+    except ValueError as error:
+        fault = str(error)
+    faults = {rank: text for rank, text in enumerate(me.gather(fault)) if text}
+    if faults:
+        rank, text = next(iter(faults.items()))
+        raise ValueError(text if len(faults) == me.world else f"{text} (on rank {rank}, not on all)")
+    return cast(Result, result)
 
 
-def _agree(what: str, value: str, me: "Processes") -> None:
+def _agree(me: "Processes", facts: dict[str, str]) -> None:
     """All ranks must see the same, or they would wait for each other for ever in the middle of a step."""
-    values = me.gather(value)
-    if len(set(values)) > 1:
-        raise ValueError(
-            f"{what} differs between ranks ({values}): do all nodes see the same shards and the same code?"
-        )
+    all_facts = me.gather(facts)
+    for name in facts:
+        values = [each[name] for each in all_facts]
+        odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if odd is not None:
+            raise ValueError(
+                f"the {name} of rank {odd} ({values[odd]}) differ from those of rank 0 ({values[0]}): "
+                "do all nodes see the same shards and the same code?"
+            )
 
 
 def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_over: list[str]) -> None:
@@ -358,22 +429,34 @@ def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_ov
         "precision": s.engine.precision,
         "zero": s.settings.engine.zero,
         "batch": config.to_plain(s.batch),
-        "data": {"train": s.train_set.summary(), "val": s.val_set.summary()},
+        "data": {"train": s.training.summary, "val": s.val_set.summary()},
         "versions": {
             name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "deepspeed")
         },
     }
-    s.journal.record(**about, total_steps=s.total, step=s.engine.steps, resumed_from=resumed)
     net, groups = about["model"], about["groups"]
     s.journal.say(f"{net['weights']}: {net['parameters'] / 1e6:.2f} M parameters in {len(groups)} groups")
     s.journal.say(
-        f"{len(s.train_set):,} training and {len(s.val_set):,} validation samples of {len(s.train_set.classes)} classes"
+        f"{s.training.samples:,} training and {len(s.val_set):,} validation samples of "
+        f"{len(s.training.classes)} classes"
     )
+    if s.settings.data.stream:
+        from vitdist.data import stream
+
+        s.journal.say(stream.LOST)
     auto = " (auto)" if s.settings.engine.precision == "auto" else ""
     s.journal.say(
         f"{s.me.world} ranks on {device}, {s.engine.precision}{auto}, ZeRO-{s.settings.engine.zero}; global batch "
         f"{s.batch.global_batch} = {s.batch.micro_batch} x {s.batch.accumulation} accumulated x {s.batch.world} ranks"
     )
+    if s.me.first and s.training.samples_of:
+        from vitdist.data import supply
+
+        cores = max(1, len(os.sched_getaffinity(0)) // s.me.local_world)
+        fed = supply.check(s.training.samples_of(), s.meter.flops_per_image, s.me.device, s.engine.dtype, cores)
+        about["supply"] = fed._asdict()
+        s.journal.say(fed.text())
+    s.journal.record(**about, total_steps=s.total, step=s.engine.steps, resumed_from=resumed)
     for text in passed_over:
         s.journal.say(f"checkpoint passed over: {text}")
     if resumed is not None:

@@ -1,23 +1,32 @@
 """Micro-batches in the order of `order.py`, read by `reader.py` in as many processes as pay.
 
-    for batch in train_batches(index, config, batch, rank, start_step): ...      # endless
-    for batch in evaluation_batches(index, config, rank, world, batch): ...      # each sample once
+    training = open_training(config, global_batch)
+    for batch in training.batches(batch, rank, start_step, local_world): ...        # endless
+    for batch in evaluation_batches(index, config, rank, world, batch): ...         # each sample once
 
 Position t of the stream is step t whatever was prefetched, so a resume needs the step number only.
 """
 
+import hashlib
 import itertools
+import json
+import math
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from vitdist import stop
-from vitdist.config import Batch, Config
+from vitdist.config import Batch, Config, Data
+from vitdist.data import index as index_
+from vitdist.data import order as order_
 from vitdist.data.index import Index
 from vitdist.data.order import Order, evaluation_ids, rank_slots
 from vitdist.data.reader import MicroBatch, Samples
+from vitdist.data.storage import Cache
 
 Wanted = list[tuple[int, int]]
 """Epoch and index row of each slot of a micro-batch."""
@@ -32,26 +41,90 @@ def worker_count(config: Config, local_world: int) -> int:
     return min(8, max(1, len(os.sched_getaffinity(0)) // local_world))
 
 
-def train_batches(
-    index: Index, config: Config, batch: Batch, rank: int, start_step: int, local_world: int = 1
-) -> Generator[MicroBatch]:
-    """The micro-batches of this rank from `start_step` on, `batch.accumulation` a step, without end; close it."""
-    order = Order(len(index), config.train.seed, index.digest)
-    samples = Samples(index, config.data, config.model.image_size, config.train.seed, training=True)
-    wanted = _wanted(order, batch, rank, start_step)
-    batches = iter(_loader(samples, wanted, worker_count(config, local_world)))
+@dataclass(frozen=True)
+class Training:
+    """What a run trains on, with or without an index."""
+
+    samples: int
+    """Of one epoch."""
+    classes: list[str]
+    summary: dict[str, Any]
+    """What logs and reports say of it."""
+    identity: str
+    """Hexadecimal: of the data, the shares and the order's version. A checkpoint of another one is refused."""
+    first_batch: str
+    """Hash of the order's first global batch, for ranks to compare before they train."""
+    batches: Callable[[Batch, int, int, int], Generator[MicroBatch]]
+    """Of a batch's split, rank, first step and ranks on the node: this rank's micro-batches without end; close it."""
+    samples_of: Callable[[], Samples] | None
+    """Its samples as training reads them; None where there is no index."""
+
+
+def cache(settings: Data) -> Cache | None:
+    """The node's cache, if the settings name one. Raises ValueError if it cannot be made."""
+    return Cache(settings.cache, int(settings.cache_gb * 1e9)) if settings.cache else None
+
+
+def open_training(config: Config, global_batch: int) -> Training:
+    """Open the training sets. Raises ValueError for shards that are not as indexed and shares that cannot be kept."""
+    settings, seed = config.data, config.train.seed
+    kept = cache(settings)
+    sets, set_shares = [Index.open(place, kept) for place in settings.train_sets], list(settings.train_sets.values())
+    whole = index_.join(sets)
+    shares = class_shares(settings.class_shares, whole.classes, whole.counts)
+    order = order_.of_sets([each.labels for each in sets], set_shares, shares, seed, whole.digest, global_batch)
+    about = json.dumps([order_.VERSION, whole.digest, set_shares, shares])
+    chunk = order.stream.chunk if isinstance(order.stream, order_.Shuffled) and order.stream.chunk > 1 else None
+
+    def samples() -> Samples:
+        return Samples(whole, settings, config.model.image_size, seed, training=True, chunk=chunk)
+
+    def batches(batch: Batch, rank: int, start_step: int, local_world: int) -> Generator[MicroBatch]:
+        wanted = _wanted(order, batch, rank, start_step)
+        return closing(_loader(samples(), wanted, worker_count(config, local_world)))
+
+    return Training(
+        samples=len(whole),
+        classes=whole.classes,
+        summary=whole.summary() | ({} if shares is None else {"class_shares": shares}),
+        identity=hashlib.sha256(about.encode()).hexdigest(),
+        first_batch=order_.order_hash(order),
+        batches=batches,
+        samples_of=samples,
+    )
+
+
+def class_shares(wanted: str | dict[str, float], classes: list[str], counts: list[int]) -> list[float] | None:
+    """The share of each class in relation to each other, None for the natural one.
+
+    Raises ValueError for a class that there is not.
+    """
+    if wanted == "natural":
+        return None
+    if isinstance(wanted, str):
+        # The root to three digits: shares are kept exactly, and a short period keeps them within few steps.
+        return [round(math.sqrt(n), 3) if wanted == "sqrt" else float(n > 0) for n in counts]
+    unknown = sorted(set(wanted) - set(classes))
+    if unknown:
+        raise ValueError(f"data.class_shares: there is no class {unknown[0]!r}; there are: {', '.join(classes[:20])}")
+    return [wanted.get(name, 1.0) for name in classes]
+
+
+def closing(loader: Iterable[MicroBatch]) -> Generator[MicroBatch]:
+    """The batches of a loader; closing this generator ends the loader's processes."""
+    batches = iter(loader)
     try:
         yield from batches
     finally:
         # Loader processes ignore SIGTERM (see stop.py), so leaving them to the interpreter's end would wait
-        # for ever: a traceback keeps them alive. Closing this generator ends them.
+        # for ever: a traceback keeps them alive.
         del batches
 
 
 def _wanted(order: Order, batch: Batch, rank: int, start_step: int) -> Iterator[Wanted]:
     for step in itertools.count(start_step):
         for accumulation_index in range(batch.accumulation):
-            epochs, ids = order.ids(*rank_slots(step, accumulation_index, rank, batch))
+            epochs, ids = order.slots(*rank_slots(step, accumulation_index, rank, batch))
             yield list(zip(epochs.tolist(), ids.tolist(), strict=True))
 
 
@@ -72,7 +145,7 @@ def _loader(samples: Samples, wanted: Iterable[Wanted], workers: int) -> DataLoa
     return DataLoader(
         samples,
         batch_sampler=wanted,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=workers,
         # Spawned processes would import torch again, 2.6 s of CPU each. The children never touch CUDA.
         multiprocessing_context="fork" if workers else None,
@@ -84,7 +157,7 @@ def _loader(samples: Samples, wanted: Iterable[Wanted], workers: int) -> DataLoa
     )
 
 
-def _as_it_is(batch: MicroBatch) -> MicroBatch:
+def as_it_is(batch: MicroBatch) -> MicroBatch:
     return batch
 
 

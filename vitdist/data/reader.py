@@ -1,36 +1,35 @@
-"""Samples by index row: pread, verify, decode, transform. A map-style data set for torch's DataLoader.
+"""Samples by index row: read, verify, decode, transform. A map-style data set for torch's DataLoader.
 
     samples = Samples(index, config.data, size=224, seed=0, training=True)
     batch = samples.__getitems__([(epoch, row), ...])
 
 A broken sample (CRC, cut file, undecodable picture) never changes the size of a batch: in training another
-one, chosen by a hash of (epoch, row), takes its place; in evaluation its slot is masked out. Either way it is
-named in `batch.bad`, for the trainer to count.
+one of its class, chosen by a hash of (epoch, row), takes its place; in evaluation its slot is masked out. Either
+way it is named in `batch.bad`, for the trainer to count.
 """
 
-import functools
 import hashlib
 import io
-import os
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 
 from vitdist.config import Data
-from vitdist.data import transforms
+from vitdist.data import storage, transforms
 from vitdist.data.index import IMAGES, LABEL, Index
 
 PADDING = -1
 """Row of a slot that only fills up a batch."""
 
-# Bytes between two samples that are cheaper to read than to skip, and the most read in one call.
-_GAP, _LARGEST = 64 << 10, 16 << 20
-# Open shards of one process; a window of the order has up to 64, and 1024 is a common limit for all files.
-_OPEN_SHARDS = 128
+# Bytes between two samples that are cheaper to read than to skip (a request to a server costs some 10 ms, in which
+# 1 MB flows), and the most read in one call.
+_GAP, _REMOTE_GAP, _LARGEST = 64 << 10, 1 << 20, 16 << 20
 _ATTEMPTS = 100
+_ADVISED = 4096
+"""Chunks of which a process remembers that it has told the system to read them."""
 
 
 class Bad(NamedTuple):
@@ -40,11 +39,13 @@ class Bad(NamedTuple):
     shard: str
     key: str
     reason: str
+    """unreadable, changed or undecodable."""
+    detail: str
 
 
 class MicroBatch(NamedTuple):
     images: torch.Tensor
-    """uint8 [B, 3, H, W]; channels last in memory, as PIL makes them: the device does the copy to planes."""
+    """uint8 [B, 3, H, W]"""
     labels: torch.Tensor
     """int64 [B]"""
     ids: torch.Tensor
@@ -56,10 +57,15 @@ class MicroBatch(NamedTuple):
 
 
 class Samples(torch.utils.data.Dataset):
-    def __init__(self, index: Index, settings: Data, size: int, seed: int, training: bool) -> None:
+    """The samples of `index`. `chunk`: samples that the order keeps together, which are worth reading ahead."""
+
+    def __init__(
+        self, index: Index, settings: Data, size: int, seed: int, training: bool, chunk: int | None = None
+    ) -> None:
         self.index, self.settings, self.size, self.seed, self.training = index, settings, size, seed, training
-        # Opened on first use. A forked process may inherit open shards: pread has no position to share.
-        self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
+        self._chunk, self._advised = chunk, dict[int, None]()
+        self._gap = _REMOTE_GAP if any(storage.is_remote(place.url) for place in index.places) else _GAP
+        self._buffer = bytearray()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -69,92 +75,130 @@ class Samples(torch.utils.data.Dataset):
 
         Raises ValueError if 100 replacements in a row are broken too.
         """
-        pixels = np.zeros((len(wanted), self.size, self.size, 3), np.uint8)
+        images = torch.zeros((len(wanted), 3, self.size, self.size), dtype=torch.uint8)
         ids = np.full(len(wanted), PADDING, np.int64)
         labels = np.zeros(len(wanted), np.int64)
         bad: list[Bad] = []
         slots = [(slot, epoch, row) for slot, (epoch, row) in enumerate(wanted) if row != PADDING]
         for attempt in range(_ATTEMPTS):
             broken = []
-            spans = self._read([row for _, _, row in slots])
-            for (slot, epoch, row), span in zip(slots, spans, strict=True):
-                picture = span if isinstance(span, Bad) else self._pixels(epoch, row, span)
-                if isinstance(picture, Bad):
-                    bad.append(picture)
+            for place, picture in self.pictures([row for _, _, row in slots]):
+                slot, epoch, row = slots[place]
+                pixels = picture if isinstance(picture, Bad) else self._pixels(epoch, row, picture)
+                if isinstance(pixels, Bad):
+                    bad.append(pixels)
                     broken.append((slot, epoch, self._replacement(epoch, row, attempt)))
                 else:
-                    pixels[slot], ids[slot], labels[slot] = picture, row, self.index.labels[row]
+                    images[slot], ids[slot], labels[slot] = pixels, row, self.index.labels[row]
             slots = broken if self.training else []
             if not slots:
                 break
         else:
             last = bad[-1]
-            raise ValueError(f"{_ATTEMPTS} samples in a row are broken: {last.key} {last.reason}")
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            raise ValueError(f"{_ATTEMPTS} samples in a row are broken: {last.key} of {last.shard} is {last.detail}")
+        bad.sort()  # they came in the order of the shards; of a replacement's replacement too
         ids_ = torch.from_numpy(ids)
         return MicroBatch(images, torch.from_numpy(labels), ids_, ids_ != PADDING, bad)
 
     def _replacement(self, epoch: int, row: int, attempt: int) -> int:
-        digest = hashlib.blake2b(f"{epoch} {row} {attempt}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") % len(self.index)
+        """Another row of the same class: class shares stay what they are."""
+        for draw in range(10_000):
+            digest = hashlib.blake2b(f"{epoch} {row} {attempt} {draw}".encode(), digest_size=8).digest()
+            other = int.from_bytes(digest, "big") % len(self.index)
+            if self.index.labels[other] == self.index.labels[row] and other != row:
+                break
+        return other
 
-    def _pixels(self, epoch: int, row: int, span: bytes) -> np.ndarray | Bad:
-        start, size = int(self.index.rows["image_offset"][row]), int(self.index.rows["image_size"][row])
-        payload = span[start : start + size]
+    def _pixels(self, epoch: int, row: int, payload: memoryview) -> torch.Tensor | Bad:
         try:
             if not self.training:
                 return transforms.evaluation_pixels(payload, self.settings, self.size)
-            # By sample, not by slot or process: the same pixels whoever decodes. 1: not a seed of order.py.
+            # By sample, not by slot or process: the same pixels whoever decodes. 1: not a seed of augment.py.
             rng = np.random.default_rng([self.seed, epoch, row, 1])
             return transforms.training_pixels(payload, self.settings, self.size, rng)
         except Exception as error:
-            return self._bad(row, f"not decodable ({type(error).__name__}: {error})")
+            return self._bad(row, "undecodable", f"not decodable ({type(error).__name__}: {error})")
 
-    def _read(self, ids: Sequence[int]) -> list[bytes | Bad]:
-        """The verified spans of `ids`, neighbours read in one call."""
-        rows = self.index.rows[ids]
-        spans: list[bytes | Bad] = [b""] * len(ids)
-        group: list[int] = []
-        for place in np.lexsort((rows["offset"], rows["shard"])).tolist():
-            if group and not _together(rows[group[0]], rows[group[-1]], rows[place]):
-                self._read_group(group, ids, rows, spans)
-                group = []
-            group.append(place)
-        if group:
-            self._read_group(group, ids, rows, spans)
-        return spans
+    def pictures(self, rows: Sequence[int]) -> Iterator[tuple[int, memoryview | Bad]]:
+        """Place in `rows` and verified picture file of each sample, in the order in which they lie in the shards.
 
-    def _read_group(self, group: list[int], ids: Sequence[int], rows: np.ndarray, spans: list[bytes | Bad]) -> None:
-        start = int(rows["offset"][group[0]])
-        ends = [int(rows["offset"][place]) + int(rows["size"][place]) for place in group]
-        try:
-            data = os.pread(self._open(int(rows["shard"][group[0]])).fileno(), max(ends) - start, start)
-        except OSError as error:
-            for place in group:
-                spans[place] = self._bad(ids[place], f"not readable ({error.strerror})")
+        Neighbours are read in one call. A picture is valid until the next one is asked for: they share a buffer,
+        which stays in the processor's cache for CRC and decoder.
+        """
+        if not rows:
             return
-        for place, end in zip(group, ends, strict=True):
-            span = data[int(rows["offset"][place]) - start : end - start]
-            intact = zlib.crc32(span) == rows["crc32"][place]
-            spans[place] = span if intact else self._bad(ids[place], "changed since it was indexed (CRC)")
+        columns, shards = self.index.columns, self.index.shard_of(rows)
+        offsets, sizes = columns["offset"][rows].astype(np.int64), columns["size"][rows].astype(np.int64)
+        starts = columns["image_offset"][rows].tolist()
+        lengths, checksums = columns["image_size"][rows].tolist(), columns["crc32"][rows].tolist()
+        by_place = np.lexsort((offsets, shards))
+        self._read_ahead(np.asarray(rows)[by_place])
+        for group in _groups(by_place, shards, offsets, sizes, self._gap):
+            start, shard = int(offsets[group[0]]), int(shards[group[0]])
+            try:
+                data = self._read(shard, start, max(int(offsets[place] + sizes[place]) for place in group) - start)
+            except OSError:  # a whole group may fail for the sake of one member: each alone
+                data = None
+            for place in group:
+                span = None if data is None else data[int(offsets[place]) - start :][: int(sizes[place])]
+                if span is None or crc32(span) != checksums[place]:
+                    yield place, self._again(int(rows[place]))
+                else:
+                    yield place, span[starts[place] : starts[place] + lengths[place]]
 
-    def _open_shard(self, shard: int) -> io.FileIO:
-        return open(self.index.folder / self.index.shards[shard].name, "rb", buffering=0)
+    def _read(self, shard: int, start: int, size: int) -> memoryview:
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        view = memoryview(self._buffer)[:size]
+        self.index.storage.read_into(shard, start, view)
+        return view
 
-    def _bad(self, row: int, reason: str) -> Bad:
+    def _again(self, row: int) -> memoryview | Bad:
+        """The picture of a row whose first reading failed: perhaps only a cached copy was damaged."""
         try:
-            key = self.index.key(row)
-        except (OSError, ValueError):
-            key = f"sample {row}"  # its tar header is part of what is broken
-        return Bad(int(row), self.index.shards[self.index.rows["shard"][row]].name, key, reason)
+            return memoryview(self.index.image(row))
+        except OSError as error:
+            return self._bad(row, "unreadable", f"not readable ({error})")
+        except ValueError:
+            return self._bad(row, "changed", "changed since it was indexed (CRC)")
+
+    def _bad(self, row: int, reason: str, detail: str) -> Bad:
+        shard = self.index.shards[int(self.index.shard_of(row))].name
+        return Bad(int(row), shard, self.index.key(row), reason, detail)
+
+    def _read_ahead(self, rows: np.ndarray) -> None:
+        """Have the system read whole chunks: their other samples are wanted in the next steps."""
+        if not self._chunk:
+            return
+        for chunk in np.unique(rows // self._chunk).tolist():
+            if chunk in self._advised:
+                continue
+            self._advised[chunk] = None
+            if len(self._advised) > _ADVISED:
+                del self._advised[next(iter(self._advised))]
+            first, last = chunk * self._chunk, min((chunk + 1) * self._chunk, len(self.index)) - 1
+            shard, start, _ = self.index.span(first)
+            end_shard, end, size = self.index.span(last)
+            if shard == end_shard:
+                self.index.storage.expect(shard, start, end + size - start)
 
 
-def _together(first: np.void, last: np.void, following: np.void) -> bool:
-    if following["shard"] != first["shard"]:
-        return False
-    start, size = int(following["offset"]), int(following["size"])
-    gap = start - int(last["offset"]) - int(last["size"])
-    return gap <= _GAP and start + size - int(first["offset"]) <= _LARGEST
+def _groups(
+    by_place: np.ndarray, shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, gap: int
+) -> Iterator[list[int]]:
+    """Places whose samples lie close enough together to be read in one call."""
+    group: list[int] = []
+    for place in by_place.tolist():
+        if group:
+            last, first = group[-1], group[0]
+            apart = offsets[place] - offsets[last] - sizes[last]
+            whole = offsets[place] + sizes[place] - offsets[first]
+            if shards[place] != shards[last] or apart > gap or whole > _LARGEST:
+                yield group
+                group = []
+        group.append(place)
+    if group:
+        yield group
 
 
 def through_webdataset(index: Index, ids: Sequence[int]) -> Iterator[tuple[bytes, int]]:

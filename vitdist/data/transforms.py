@@ -3,12 +3,13 @@
     pixels = cut(payload, training_crop(config.data, rng), size=224)     # on the CPU, in a loader process
     inputs = normalise(images.to(device), mean, std, torch.float16)      # on the device, from uint8
 
-PIL cuts and resizes in one call. Measured on one core with 400x533 JPEGs of 31 KB, decoding included: PIL
-bilinear 325 pictures/s, torchvision v2 on uint8 399, `torch.nn.functional.interpolate` on uint8 374. But
-importing torchvision costs each process 2.7 s of CPU, and both kernels cut at whole pixels only, where PIL
-takes a box in fractions: that matters for 8-pixel digits. Bilinear with antialiasing is also what
-`ViTImageProcessor` does, so an exported model sees the same pixels. For large JPEGs `draft` lets the decoder
-itself halve the picture: 60 instead of 5 pictures/s at 12 megapixels.
+JPEGs are decoded by simplejpeg (libjpeg-turbo: 1.4 to 1.5 times PIL's speed) and resized by torch's own uint8
+kernel, the one under torchvision's `v2.functional.resized_crop`, which gives the same pixels at the same speed
+but costs each process 2.7 s of CPU to import. Everything else (PNG, WebP, CMYK, pictures that libjpeg-turbo warns
+about) goes through PIL, and so do pictures under 64 pixels, where a crop of whole pixels would be coarse: PIL takes
+a box in fractions. Both are bilinear with antialiasing, as in `ViTImageProcessor`; they differ by 1 of 255.
+Large JPEGs are halved by the decoder itself as long as the crop keeps `size` pixels.
+benchmarks/loader.py measures all of it.
 """
 
 import functools
@@ -17,8 +18,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from vitdist.config import Data
 
@@ -39,6 +42,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each EXIF orientation."""
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 def training_crop(settings: Data, rng: np.random.Generator) -> Crop:
@@ -73,14 +77,68 @@ def evaluation_crop(settings: Data, size: int) -> Crop:
     return crop
 
 
-def cut(payload: bytes, crop: Crop, size: int) -> Image.Image:
-    """Decode a picture file upright and in RGB, and resize the box that `crop` chooses to size x size.
+def cut(payload: bytes | memoryview, crop: Crop, size: int) -> torch.Tensor:
+    """Decode a picture file upright and in RGB, and resize the box that `crop` chooses: uint8 [3, size, size].
 
     Raises whatever PIL does for a broken file (OSError, ValueError, SyntaxError and more).
     """
+    if bytes(payload[:3]) == _JPEG:
+        try:
+            pixels = _cut_jpeg(payload, crop, size)
+        except ValueError:  # libjpeg-turbo warns; PIL decides whether that is serious
+            pixels = None
+        if pixels is not None:
+            return pixels
+    return torch.from_numpy(np.array(_cut_any(payload, crop, size))).permute(2, 0, 1)
+
+
+_JPEG = b"\xff\xd8\xff"
+_COARSE = 64
+"""Pixels of the short side below which a box of whole pixels is too coarse."""
+
+
+def _cut_jpeg(payload: bytes | memoryview, crop: Crop, size: int) -> torch.Tensor | None:
+    """`cut` for common JPEGs, None for others. Raises ValueError for what libjpeg-turbo warns about."""
+    stored_height, stored_width, colours, _ = simplejpeg.decode_jpeg_header(payload)
+    if colours in ("CMYK", "YCCK") or min(stored_height, stored_width) < _COARSE:
+        return None
+    orientation = _jpeg_orientation(payload)
+    turned = orientation in _SIDEWAYS
+    width, height = (stored_height, stored_width) if turned else (stored_width, stored_height)
+    box = crop(width, height)
+    surplus = int(min(box[2] - box[0], box[3] - box[1]) / size)
+    if surplus >= 2:
+        least = {"min_height": stored_height // surplus, "min_width": stored_width // surplus, "min_factor": 2}
+    else:
+        least = {}
+    pixels = simplejpeg.decode_jpeg(payload, "RGB", **least)
+    if orientation in _UPRIGHT:
+        pixels = np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
+    down, across = pixels.shape[0] / height, pixels.shape[1] / width
+    left, right = _whole(box[0] * across, box[2] * across, pixels.shape[1])
+    top, bottom = _whole(box[1] * down, box[3] * down, pixels.shape[0])
+    region = torch.from_numpy(pixels)[top:bottom, left:right].permute(2, 0, 1)
+    return F.interpolate(region[None], (size, size), mode="bilinear", antialias=True)[0]
+
+
+def _whole(start: float, stop: float, limit: int) -> tuple[int, int]:
+    """The nearest whole pixels, at least one, within [0, limit)."""
+    first = min(round(start), limit - 1)
+    return first, max(first + 1, min(round(stop), limit))
+
+
+def _jpeg_orientation(payload: bytes | memoryview) -> int | None:
+    # Reading EXIF costs PIL 60 us: only where the marker is there at all. It lies within the first segments.
+    if b"Exif\0\0" not in bytes(payload[:4096]):
+        return None
+    return Image.open(io.BytesIO(payload)).getexif().get(_ORIENTATION)
+
+
+def _cut_any(payload: bytes | memoryview, crop: Crop, size: int) -> Image.Image:
+    """`cut` through PIL."""
     image = Image.open(io.BytesIO(payload))
     orientation = image.getexif().get(_ORIENTATION)
-    width, height = reversed(image.size) if orientation in (5, 6, 7, 8) else image.size
+    width, height = reversed(image.size) if orientation in _SIDEWAYS else image.size
     box = crop(width, height)
     # The decoder may drop resolution as long as the box keeps `size` pixels. Only JPEG can; others ignore it.
     surplus = int(min(box[2] - box[0], box[3] - box[1]) / size)
@@ -102,16 +160,16 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def training_pixels(payload: bytes, settings: Data, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Randomly cropped and flipped, uint8 [size, size, 3]. All randomness comes from `rng`."""
+def training_pixels(payload: bytes | memoryview, settings: Data, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """Randomly cropped and flipped, uint8 [3, size, size]. All randomness comes from `rng`."""
     flipped = rng.random() < settings.flip
-    image = cut(payload, training_crop(settings, rng), size)
-    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image)
+    pixels = cut(payload, training_crop(settings, rng), size)
+    return pixels.flip(-1) if flipped else pixels
 
 
-def evaluation_pixels(payload: bytes, settings: Data, size: int) -> np.ndarray:
-    """Centrally cropped, uint8 [size, size, 3]."""
-    return np.asarray(cut(payload, evaluation_crop(settings, size), size))
+def evaluation_pixels(payload: bytes | memoryview, settings: Data, size: int) -> torch.Tensor:
+    """Centrally cropped, uint8 [3, size, size]."""
+    return cut(payload, evaluation_crop(settings, size), size)
 
 
 def normalise(

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from PIL import Image
 
 from vitdist.config import Batch, Config, Data, Model, Scratch, Train
 from vitdist.data.index import Index
-from vitdist.data.loader import evaluation_batches, train_batches, worker_count
-from vitdist.data.order import Order
+from vitdist.data.loader import class_shares, evaluation_batches, open_training, worker_count
+from vitdist.data.order import of_sets
 from vitdist.data.pack import pack
+from vitdist.data.storage import Storage
 
 GLOBAL = 12
 
@@ -31,23 +33,23 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return Index.open(folder / "out/train")
 
 
-def settings(workers: int = 0) -> Config:
+def settings(index: Index, workers: int = 0, **data: Any) -> Config:
     return Config(
-        data=Data(train="-", val="-", workers=workers),
+        data=Data(**({"train": index.folder, "val": "-", "workers": workers} | data)),
         model=Model(scratch=Scratch(patch_size=8), image_size=16),
         train=Train(global_batch=GLOBAL, epochs=2),
     )
 
 
 def global_batches(
-    index: Index, world: int, accumulation: int, workers: int, start: int, steps: int
+    config: Config, world: int, accumulation: int, start: int, steps: int, total: int = GLOBAL
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images, labels and ids of the global batches [start, start + steps), ranks and micro-batches put together."""
     batch = Batch(
-        global_batch=GLOBAL, micro_batch=GLOBAL // world // accumulation, accumulation=accumulation, world=world
+        global_batch=total, micro_batch=total // world // accumulation, accumulation=accumulation, world=world
     )
     ranks = [
-        list(itertools.islice(train_batches(index, settings(workers), batch, rank, start), steps * accumulation))
+        list(itertools.islice(open_training(config, total).batches(batch, rank, start, 1), steps * accumulation))
         for rank in range(world)
     ]
     parts = [
@@ -63,7 +65,7 @@ def global_batches(
 
 @pytest.fixture(scope="module")
 def straight(index: Index) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return global_batches(index, world=1, accumulation=1, workers=0, start=0, steps=10)
+    return global_batches(settings(index), world=1, accumulation=1, start=0, steps=10)
 
 
 @pytest.mark.parametrize(
@@ -78,28 +80,90 @@ def straight(index: Index) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (1, 1, 0, 7),
         (4, 3, 2, 7),
         (2, 1, 1, 4),
+        (6, 1, 3, 0),
+        (3, 1, 1, 5),
     ],
 )
 def test_pixels_are_the_same(
     index: Index, straight: tuple[torch.Tensor, ...], world: int, accumulation: int, workers: int, start: int
 ) -> None:
-    got = global_batches(index, world, accumulation, workers, start, steps=10 - start)
+    got = global_batches(settings(index, workers), world, accumulation, start, steps=10 - start)
     for ours, expected in zip(got, straight, strict=True):
         assert torch.equal(ours, expected[start * GLOBAL :])
 
 
 def test_stream_is_that_of_the_order(index: Index, straight: tuple[torch.Tensor, ...]) -> None:
     _, labels, ids = straight
-    assert ids.tolist() == Order(50, 0, index.digest).ids(0, 120)[1].tolist()
-    assert sorted(ids[:50].tolist()) == sorted(ids[50:100].tolist()) == list(range(50))
+    order = of_sets([index.labels], [1.0], None, 0, index.digest, GLOBAL)
+    assert ids.tolist() == [int(i) for step in range(10) for i in order.batch(step)[1]]
+    assert sorted(np.bincount(ids).tolist()) == [2] * 30 + [3] * 20  # two epochs and 20 samples of the third
     assert labels.tolist() == index.labels[ids.numpy()].tolist()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """30 more samples of the same classes."""
+    folder = tmp_path_factory.mktemp("other")
+    for i in range(30):
+        path = folder / "pictures" / f"c{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(1000 + i).integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(path)
+    pack(folder / "pictures", folder / "out", workers=1)
+    return Index.open(folder / "out/train")
+
+
+@pytest.mark.parametrize("shares", ["balanced", {"c0": 0, "c1": 2, "c2": 1}])
+def test_mixed_and_balanced_batches_are_exact_for_every_split(
+    index: Index, other: Index, shares: str | dict[str, float]
+) -> None:
+    config = settings(index, train={index.folder: 1.0, other.folder: 3.0}, class_shares=shares)
+    straight = global_batches(config, 1, 1, 0, 6, total=24)
+    for world, start in ((2, 0), (3, 2), (8, 5)):
+        for ours, expected in zip(global_batches(config, world, 1, start, 6 - start, 24), straight, strict=True):
+            assert torch.equal(ours, expected[start * 24 :])
+    _, labels, ids = straight
+    assert (ids < 50).sum() == len(ids) / 4  # the first set's share
+    expected = [1 / 3] * 3 if shares == "balanced" else [0, 2 / 3, 1 / 3]
+    assert (torch.bincount(labels, minlength=3) / len(labels)).tolist() == pytest.approx(expected)
+
+
+def test_what_a_checkpoint_must_fit(index: Index, other: Index) -> None:
+    both = {index.folder: 1.0, other.folder: 3.0}
+    changes = [{}, {"class_shares": "balanced"}, {"train": both}, {"train": both | {other.folder: 2.0}}]
+    identities = [open_training(settings(index, **change), GLOBAL).identity for change in changes]
+    assert len(set(identities)) == 4
+    assert open_training(settings(index, 3, flip=0.0), GLOBAL).identity == identities[0]
+    firsts = {open_training(settings(index), total).first_batch for total in (GLOBAL, 24)}
+    assert len(firsts) == 2
+
+
+def test_class_shares() -> None:
+    assert class_shares("natural", ["a", "b"], [9, 4]) is None
+    assert class_shares("sqrt", ["a", "b"], [9, 2]) == [3.0, 1.414]
+    assert class_shares("balanced", ["a", "b"], [9, 0]) == [1.0, 0.0]
+    assert class_shares({"b": 3.0}, ["a", "b"], [9, 4]) == [1.0, 3.0]
+    with pytest.raises(ValueError, match="there is no class 'c'; there are: a, b"):
+        class_shares({"c": 3.0}, ["a", "b"], [9, 4])
+
+
+def test_the_first_batch_after_a_resume_reads_no_more_than_at_the_start(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    read = Storage.read_into
+    monkeypatch.setattr(Storage, "read_into", lambda *args: asked.append(len(args[3])) or read(*args))
+    for start in (0, 10**9):
+        batch = Batch(global_batch=GLOBAL, micro_batch=GLOBAL, accumulation=1, world=1)
+        asked.clear()
+        next(open_training(settings(index), GLOBAL).batches(batch, 0, start, 1))
+        assert sum(asked) <= sum(shard.bytes for shard in index.shards)
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (3, 0), (7, 0)])
 def test_evaluation_has_each_sample_once(index: Index, world: int, workers: int) -> None:
     ids, lengths, pixels = [], set(), {}
     for rank in range(world):
-        batches = evaluation_batches(index, settings(workers), rank, world, 8)
+        batches = evaluation_batches(index, settings(index, workers), rank, world, 8)
         lengths.add(len(batches))
         for batch in batches:
             assert batch.images.shape == (8, 3, 16, 16)
@@ -107,12 +171,12 @@ def test_evaluation_has_each_sample_once(index: Index, world: int, workers: int)
             pixels |= dict(zip(batch.ids[batch.mask].tolist(), batch.images[batch.mask], strict=True))
     assert sorted(ids) == list(range(50))
     assert len(lengths) == 1
-    again = next(iter(evaluation_batches(index, settings(), 0, 1, 50)))
+    again = next(iter(evaluation_batches(index, settings(index), 0, 1, 50)))
     assert all(torch.equal(pixels[i], again.images[i]) for i in range(50))
 
 
 def test_evaluation_may_be_repeated(index: Index) -> None:
-    batches = evaluation_batches(index, settings(), 1, 2, 10)
+    batches = evaluation_batches(index, settings(index), 1, 2, 10)
     first, second = list(batches), list(batches)
     assert len(first) == len(second) == len(batches) == 3
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
@@ -120,22 +184,17 @@ def test_evaluation_may_be_repeated(index: Index) -> None:
 
 def test_loading_leaves_the_global_generators_alone(index: Index) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    global_batches(index, 1, 1, 0, 0, 1)
-    list(evaluation_batches(index, settings(), 0, 1, 25))
+    global_batches(settings(index), 1, 1, 0, 1)
+    list(evaluation_batches(index, settings(index), 0, 1, 25))
     assert torch.equal(before[0], torch.get_rng_state())
     np.testing.assert_array_equal(before[1], np.random.get_state()[1])
 
 
-def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = settings().model_copy(update={"data": Data(train="-", val="-")})
-    assert worker_count(settings(3), 1) == 3
+def test_worker_count(monkeypatch: pytest.MonkeyPatch, index: Index) -> None:
+    auto = settings(index).model_copy(update={"data": Data(train="-", val="-")})
+    assert worker_count(settings(index, 3), 1) == 3
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert worker_count(auto, 1) == 0
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     assert [worker_count(auto, ranks) for ranks in (1, 8, 16, 100)] == [8, 8, 4, 1]
-
-
-def test_images_are_planar_by_shape_only(index: Index) -> None:
-    images = next(iter(evaluation_batches(index, settings(), 0, 1, 4))).images
-    assert images.is_contiguous(memory_format=torch.channels_last)
