@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check slurm lock
+.PHONY: help setup demo test test-full check slurm lock peers
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,14 @@ test-full: setup slurm  ## whole matrices
 slurm:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then slurm/dev-cluster install >&2; \
 	else command -v slurmctld >/dev/null || echo "SLURM tests are skipped: run 'sudo slurm/dev-cluster install' to enable them" >&2; fi
+
+peers: .venv-peers/ready  ## an environment with what benchmarks/loader.py compares with
+
+.venv-peers/ready: .venv/ready
+	@$(PYTHON) -m venv --clear .venv-peers
+	@$(BIN)/uv pip install --quiet --python .venv-peers/bin/python --compile-bytecode \
+	  torch==2.15.0 torchvision==0.29.2 webdataset==1.0.2 mosaicml-streaming==0.13.0 pillow numpy
+	@touch $@
 
 lock: setup  ## pin anew the newest versions that pyproject.toml admits
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-index-url --no-annotate --no-header \

@@ -1,0 +1,202 @@
+"""Pictures a second on one core, side by side with the peers in one run.
+
+make peers                                  # once: .venv-peers with webdataset, MosaicML Streaming, torchvision
+.venv/bin/python benchmarks/loader.py       # some 5 minutes; --photos 200 --rounds 2 for a quick look
+
+All cases take turns in `--rounds` rounds, each in one process with one thread; counted is CPU time, since other work
+on the machine changes the clock's. What stands in the table are medians, and ratios of medians.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import photos, results
+from vitdist.config import Batch, Config, Data, Model, Scratch, Train
+from vitdist.data import index, loader, transforms
+from vitdist.data.index import Index
+from vitdist.data.reader import Bad, Samples
+
+BATCH = 64
+
+
+def settings(folder: Path) -> Config:
+    return Config(
+        data=Data(train=str(folder / "plain"), val="-", workers=0),
+        model=Model(scratch=Scratch(), image_size=224),
+        train=Train(global_batch=BATCH, epochs=1),
+    )
+
+
+def vitdist(folder: Path) -> Iterator[int]:
+    """The training loader as it is: order, read, CRC, decode, crop, flip, batch of uint8."""
+    config = settings(folder)
+    training = loader.open_training(config, BATCH)
+    batches = training.batches(Batch(global_batch=BATCH, micro_batch=BATCH, accumulation=1, world=1), 0, 0, 1)
+    for _ in range(training.samples // BATCH):
+        yield len(next(batches).images)
+    batches.close()
+
+
+def bare(folder: Path) -> Iterator[int]:
+    """Decode, crop and flip of pictures that lie in memory: no loader at all."""
+    opened, config = Index.open(folder / "plain"), settings(folder)
+    payloads = [opened.image(i) for i in range(len(opened))]
+    yield 0
+    for i, payload in enumerate(payloads):
+        transforms.training_pixels(payload, config.data, 224, np.random.default_rng([0, 0, i, 1]))
+        yield 1
+
+
+def read(folder: Path) -> Iterator[int]:
+    """Read and verify alone, in the order of training."""
+    config = settings(folder)
+    training = loader.open_training(config, BATCH)
+    assert training.samples_of
+    samples = training.samples_of()
+    batches = [ids.tolist() for ids in np.array_split(np.random.default_rng(0).permutation(len(samples)), 32)]
+    yield 0
+    for ids in batches:
+        for _, picture in samples.pictures(sorted(ids)):
+            assert not isinstance(picture, Bad)
+        yield len(ids)
+
+
+def parts(folder: Path) -> dict[str, float]:
+    """Microseconds of one picture's parts, each measured alone: where the time goes."""
+    import simplejpeg
+    from isal.isal_zlib import crc32
+    from torch.nn import functional as F
+
+    opened = Index.open(folder / "plain")
+    config, rows = settings(folder), list(range(min(256, len(opened))))
+    payloads = [opened.image(i) for i in rows]
+    decoded = [torch.from_numpy(simplejpeg.decode_jpeg(p)).permute(2, 0, 1) for p in payloads[:64]]
+    rng = np.random.default_rng(0)
+    crop = transforms.training_crop(config.data, rng)
+    boxes = [tuple(map(int, crop(d.shape[2], d.shape[1]))) for d in decoded]
+    views = [d[None, :, t : max(t + 1, b), x : max(x + 1, r)] for d, (x, t, r, b) in zip(decoded, boxes, strict=True)]
+    batch, square = torch.zeros((64, 3, 224, 224), dtype=torch.uint8), torch.zeros((3, 224, 224), dtype=torch.uint8)
+    samples = Samples(opened, config.data, 224, 0, training=True)
+
+    def each(work: Callable[[Any], Any], items: list[Any]) -> float:
+        times = []
+        for _ in range(5):
+            began = time.process_time()
+            for item in items:
+                work(item)
+            times.append((time.process_time() - began) / len(items))
+        return 1e6 * float(np.median(times))
+
+    return {
+        "decode (simplejpeg)": each(simplejpeg.decode_jpeg, payloads),
+        "resize of the crop": each(lambda v: F.interpolate(v, (224, 224), mode="bilinear", antialias=True), views),
+        "generator and box": each(
+            lambda i: transforms.training_crop(config.data, np.random.default_rng([0, 0, i, 1]))(500, 375), rows
+        ),
+        "flip": each(lambda _: square.flip(-1), rows),
+        "into the batch": each(lambda i: batch[i % 64].copy_(square), rows),
+        "read, group, verify": each(lambda ids: list(samples.pictures(ids)), [rows]) / len(rows),
+        "CRC-32 of it": each(crc32, payloads),
+    }
+
+
+class Peers:
+    """peers.py, running."""
+
+    def __init__(self, python: Path, folder: Path) -> None:
+        script = Path(__file__).with_name("peers.py")
+        self._process = subprocess.Popen(
+            [str(python), str(script), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, case: str) -> tuple[int, float]:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(case + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{case}: the peers' process ended, exit code {self._process.wait()}")
+        done, seconds = json.loads(answer)
+        return done, seconds
+
+
+def measured(case: Callable[[Path], Iterator[int]], folder: Path) -> tuple[int, float]:
+    batches = case(folder)
+    next(batches)
+    began, done = time.process_time(), 0
+    for number in batches:
+        done += number
+    return done, time.process_time() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/vitdist-bench"), help="folder for the photos")
+    parser.add_argument("--peers", type=Path, default=Path(".venv-peers/bin/python"), help="their Python")
+    args = parser.parse_args()
+    if not args.peers.exists():
+        raise SystemExit(f"{args.peers}: not there; run: make peers")
+    torch.set_num_threads(1)
+    folder = args.work / str(args.photos)
+    if not (folder / "default").exists():
+        print(f"making {args.photos} photos in {folder} ...", file=sys.stderr)
+        photos.shards(folder / "plain", args.photos, 100)
+        index.build(folder / "plain")
+        photos.shards(folder / "default", args.photos, 100, mtime=None)
+    peers = Peers(args.peers, folder)
+    cases: dict[str, Callable[[], tuple[int, float]]] = {
+        "vitdist": lambda: measured(vitdist, folder),
+        "bare decode + crop": lambda: measured(bare, folder),
+        "webdataset + PIL + float": lambda: peers.run("webdataset_classic"),
+        "MosaicML Streaming + PIL": lambda: peers.run("streaming_pil"),
+        "vitdist, reading alone": lambda: measured(read, folder),
+        "webdataset, reading alone": lambda: peers.run("webdataset_read"),
+        "webdataset, its default tars": lambda: peers.run("webdataset_read_default"),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(args.rounds + 1):
+        for name, case in cases.items():
+            done, seconds = case()
+            if turn:  # the first round warms caches
+                speeds[name].append(done / seconds)
+    medians = {name: float(np.median(values)) for name, values in speeds.items()}
+    ratios = {
+        "over webdataset + PIL + float": medians["vitdist"] / medians["webdataset + PIL + float"],
+        "over MosaicML Streaming + PIL": medians["vitdist"] / medians["MosaicML Streaming + PIL"],
+        "of the bare loop": medians["vitdist"] / medians["bare decode + crop"],
+        "reading over webdataset": medians["vitdist, reading alone"] / medians["webdataset, reading alone"],
+        "reading over its default tars": medians["vitdist, reading alone"] / medians["webdataset, its default tars"],
+    }
+    results.publish(
+        "loader",
+        {
+            "photos": args.photos,
+            "mean_bytes": sum(p.stat().st_size for p in (folder / "plain").glob("*.tar")) // args.photos,
+            "images_per_cpu_second": {name: round(value, 1) for name, value in medians.items()},
+            "all_rounds": {name: [round(v, 1) for v in values] for name, values in speeds.items()},
+            "ratios": {name: round(value, 3) for name, value in ratios.items()},
+            "microseconds_a_picture": {name: round(value, 1) for name, value in parts(folder).items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
