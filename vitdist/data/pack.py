@@ -1,55 +1,62 @@
-"""Folder of pictures -> indexed WebDataset tar shards, with the original bytes.
+"""Pictures -> indexed WebDataset tar shards, with the original bytes or made small.
 
-    vitdist pack PICTURES OUT                       PICTURES/CLASS/**.jpg             -> OUT/train
-    vitdist pack PICTURES OUT --val-fraction 0.1    the same, a tenth of each class   -> OUT/val
+    vitdist pack PICTURES OUT                       PICTURES/CLASS/**.jpg               -> OUT/train
+    vitdist pack PICTURES OUT --val-fraction 0.1    the same, a tenth of each class     -> OUT/val
     vitdist pack PICTURES OUT                       PICTURES/train/CLASS, .../val/CLASS -> OUT/train, OUT/val
+    vitdist pack TABLE.csv OUT --group-by patient --val-fraction 0.1    patients do not cross into validation
+    vitdist pack SRC OUT --resize 256 --quality 95                      JPEGs of 256 pixels on the short side
 
-The bytes of the shards depend on the names and contents of the pictures only, not on who packs, when, or in
-how many processes. A shard appears whole or not at all; packing again goes on where it was interrupted.
-Pictures are split and shuffled by a hash of their names: where several show the same patient or part, sort
-them into train/ and val/ by that yourself.
+What can be packed stands in `sources.py`, what --resize does in `recode.py`. The bytes of the shards depend on
+the names and contents of the pictures and on the arguments only, not on who packs, when, or in how many
+processes. A shard appears whole or not at all; packing again goes on where it was interrupted.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 from vitdist import rundir
-from vitdist.data import index
-from vitdist.data.index import IMAGES, LABEL, SOURCE, Index, Scan
+from vitdist.data import index, made, parallel, sources, split
+from vitdist.data.files import Picture
+from vitdist.data.index import GROUP, LABEL, SOURCE, Index, Scan
+from vitdist.data.recode import Recipe, recode
+from vitdist.data.sources import DataSet, Options, Part
 
 # A tar is cut into blocks, and ends on a multiple of 20 of them.
 _BLOCK, _RECORD = 512, 20 * 512
-_PLAN = ".pack.json"
-# In the order of preference. A data set with both has its test set packed too, for the end.
-_VALIDATION = ("val", "valid", "validation")
+_PLAN, _LOCK, _MADE = ".pack.json", ".pack.lock", ".made-"
+# Raised when the same pictures and arguments give other shards, so that half of a pack is not mixed with them.
+_FORMAT = 2
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Picture(NamedTuple):
-    path: Path
-    source: bytes
-    """Path below the packed folder, as the file system spells it."""
-    label: int
-    bytes: int
-    changed: int
-    """Modification time, ns."""
+class _Plan(NamedTuple):
+    """One split."""
 
-
-@dataclass(frozen=True)
-class _ShardPlan:
-    path: Path
-    first: int
-    """Number of the first sample in its split. Keys are numbers: names may hold any script and dots."""
+    folder: Path
+    root: Path
     pictures: list[Picture]
+    """In the order of the shards."""
+    identity: str
+
+
+class _Work(NamedTuple):
+    recipe: Recipe
+    made: Path
+    """Folder for pictures that are made before the shards are cut."""
+    shard_bytes: int
+    shard_samples: int | None
+    workers: int | None
+    progress: bool
 
 
 def pack(
@@ -57,6 +64,14 @@ def pack(
     out: str | Path,
     *,
     val_fraction: float = 0,
+    group_by: str | None = None,
+    resize: int | None = None,
+    quality: int | None = None,
+    root: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
+    classes: str | Path | None = None,
     shard_bytes: int = 256 << 20,
     shard_samples: int | None = None,
     workers: int | None = None,
@@ -64,23 +79,50 @@ def pack(
 ) -> None:
     """Write OUT/train and, where there is one, OUT/val and OUT/test, for `Index.open`; say so on stdout.
 
-    A shard is closed before it exceeds `shard_bytes` or `shard_samples`. Raises ValueError in one line for
-    a folder that is no data set, files that are no pictures, and an OUT that holds something else.
+    `resize` and `quality` as `Recipe`, `root` to `classes` and `group_by` as `sources.Options`. A shard is
+    closed before it exceeds `shard_bytes` or `shard_samples`. Raises ValueError in one line for what is no
+    data set, files that are no pictures, an OUT that holds something else, and a disk that is full.
     """
     source, out = Path(source), Path(out)
-    classes, splits, ignored = _splits(source, val_fraction)
-    plans = {name: _plan(out / name, part, shard_bytes, shard_samples) for name, part in splits.items()}
-    waiting = {name: plan for name, plan in plans.items() if not _is_packed(out / name, classes, plan)}
-    shards = [shard for plan in waiting.values() for shard in plan]
-    scans = _write_all(shards, workers, progress) if shards else {}
-    for name, plan in waiting.items():
-        index.write(out / name, [scans[shard.path] for shard in plan], classes)
-    for name in plans:
-        _say(out / name, "packed" if name in waiting else "already packed:")
-    if ignored:
-        print(f"left out {len(ignored):,} files that are not {', '.join(IMAGES)}, such as {ignored[0]}")
-    if "val" not in plans:
+    recipe = Recipe(resize, quality)
+    _check_arguments(source, out, val_fraction, recipe)
+    with _listing(progress) as show:
+        options = Options(root, image_column, label_column, split_column, classes, group_by)
+        data = sources.read(source, options, show)
+    parts = _with_validation(source, data, val_fraction)
+    arguments = [*recipe, shard_bytes, shard_samples]
+    plans = [_plan(out / name, part, data, arguments) for name, part in parts.items()]
+    with _told(out), _only_packer(out):
+        waiting = [plan for plan in plans if not _is_packed(plan)]
+        identity = hashlib.sha256("".join(plan.identity for plan in waiting).encode()).hexdigest()
+        work = _Work(recipe, out / f"{_MADE}{identity[:12]}", shard_bytes, shard_samples, workers, progress)
+        try:
+            _write(waiting, data, work)
+        except made.NotPictures as error:
+            # Mending them changes the plan, so nothing that was written can be of use.
+            _discard(waiting, work.made)
+            raise ValueError(str(error)) from None
+        for plan in plans:
+            _say(plan.folder, "packed" if plan in waiting else "already packed:")
+        for left in out.glob(f"{_MADE}*"):
+            shutil.rmtree(left)
+    for note in data.notes:
+        print(note)
+    if "val" not in parts:
         print("no validation set, and a run needs one: pack into another folder with --val-fraction 0.1")
+
+
+def _check_arguments(source: Path, out: Path, val_fraction: float, recipe: Recipe) -> None:
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"--val-fraction must be at least 0 and below 1, not {val_fraction}")
+    if recipe.resize is not None and recipe.resize < 1:
+        raise ValueError(f"--resize must be at least 1 pixel, not {recipe.resize}")
+    if recipe.quality is not None and not 1 <= recipe.quality <= 100:
+        raise ValueError(f"--quality must be 1 to 100, not {recipe.quality}")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} lies in {source}: pack into a folder beside it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder to pack into")
 
 
 def _say(folder: Path, verb: str) -> None:
@@ -93,256 +135,285 @@ def _say(folder: Path, verb: str) -> None:
     )
 
 
-# ---- what there is --------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _listing(wanted: bool) -> Iterator[Callable[[int], None]]:
+    """A function that shows how many pictures were found, on a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not (wanted and console.is_terminal):
+        yield lambda found: None
+        return
+    with console.status("listing pictures") as status:
+        yield lambda found: status.update(f"listing pictures: {found:,}")
 
 
-def _splits(source: Path, val_fraction: float) -> tuple[list[str], dict[str, list[Picture]], list[Path]]:
-    """Class names, the pictures of each split in the order of the shards, and files left out."""
-    if not source.is_dir():
-        raise ValueError(f"{source}: no such folder of pictures")
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"--val-fraction must be at least 0 and below 1, not {val_fraction}")
-    given = _given_splits(source)
-    if given and val_fraction and len(given) > 1:
-        raise ValueError(f"{source} has {given['val'].name}/ already: leave out --val-fraction")
-    classes = _folders(given.get("train", source))
-    ignored: list[Path] = []
-    splits = {
-        name: _shuffled(list(_pictures(folder, classes, ignored)))
-        for name, folder in (given or {"train": source}).items()
-    }
-    for name, pictures in splits.items():
-        if not pictures:
-            folder = given.get(name, source)
-            raise ValueError(f"{folder}: no pictures ({', '.join(IMAGES)}) in folders named by their class")
-    empty = set(range(len(classes))) - {picture.label for picture in splits["train"]}
-    if empty:
-        folder = given.get("train", source) / classes[min(empty)]
-        raise ValueError(f"{folder}: a class without pictures ({', '.join(IMAGES)}): remove or fill it")
-    if len(classes) < 2:
-        raise ValueError(f"{source}: a single class, {classes[0]!r}: put each class into a folder of its own")
+# ---- splits and plans -----------------------------------------------------------------------------
+
+
+def _with_validation(source: Path, data: DataSet, val_fraction: float) -> dict[str, Part]:
+    """The parts to pack: the given ones, or with a share of training held out. Says how that came out."""
+    parts = dict(data.parts)
+    if val_fraction and "val" in parts:
+        anew = ", or split anew with --split-column none" if parts["val"].by_column else ""
+        raise ValueError(f"{source} has {parts['val'].name} already: leave out --val-fraction{anew}")
+    train = parts["train"]
     if val_fraction:
-        splits["train"], splits["val"] = _stratified(splits["train"], val_fraction)
-    return classes, splits, ignored
+        pictures, held = split.hold_out(train.pictures, val_fraction, data.grouped)
+        _say_split(data, pictures, held, val_fraction)
+        parts = {
+            "train": Part(train.root, pictures, train.name),
+            "val": Part(train.root, held, "val"),
+            **{name: part for name, part in parts.items() if name == "test"},
+        }
+    elif "test" in parts and "val" not in parts:
+        parts["val"] = parts.pop("test")
+        data.notes.append(f"{parts['val'].name} is packed as val: with --val-fraction 0.1 it would stay for the end")
+    return parts
 
 
-def _given_splits(source: Path) -> dict[str, Path]:
-    """Split -> folder if `source` is laid out as train/CLASS, val/CLASS; empty if its folders are classes."""
-    folders = _folders(source)
-    found = [name for name in (*_VALIDATION, "test") if name in folders]
-    if "train" not in folders or not _folders(source / "train") or not (found or folders == ["train"]):
-        return {}
-    splits = {"train": source / "train"}
-    if found:
-        splits["val"] = source / found[0]
-    if "test" in found[1:]:
-        splits["test"] = source / "test"
-    return splits
+def _say_split(data: DataSet, train: Sequence[Picture], val: Sequence[Picture], fraction: float) -> None:
+    if data.grouped:
+        groups = len({picture.group for picture in train}), len({picture.group for picture in val})
+        print(f"{sum(groups):,} groups: {groups[0]:,} for training, {groups[1]:,} for validation")
+    counts, held = Counter(p.label for p in (*train, *val)), Counter(p.label for p in val)
+    off = {k: held[k] / counts[k] for k in sorted(counts) if abs(held[k] / counts[k] - fraction) > fraction / 4}
+    if off:
+        named = ", ".join(f"{data.classes[k]} {held[k]} of {counts[k]}" for k in list(off)[:5])
+        more = f" and {len(off) - 5:,} more" if len(off) > 5 else ""
+        print(
+            f"validation share not near {fraction:g}, for want of {'groups' if data.grouped else 'pictures'} "
+            f"to choose from: {named}{more}"
+        )
 
 
-def _folders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _plan(folder: Path, part: Part, data: DataSet, arguments: list[int | None]) -> _Plan:
+    pictures = split.shuffled(part.pictures)
+    stores = [[store.path.name, store.path.stat().st_size, data.column] for store in data.stores]
+    identity = hashlib.sha256(json.dumps([_FORMAT, data.classes, data.grouped, stores, arguments]).encode())
+    for p in pictures:
+        identity.update(json.dumps([p.source.hex(), p.label, p.bytes, p.changed, p.group]).encode())
+    return _Plan(folder, part.root, pictures, identity.hexdigest())
 
 
-def _pictures(folder: Path, classes: list[str], ignored: list[Path]) -> Iterator[Picture]:
-    labels = {name: label for label, name in enumerate(classes)}
-    for name in _folders(folder):
-        if name not in labels:
-            raise ValueError(f"{folder}/{name}: a class that the training pictures do not have")
-        for parent, inner, files in os.walk(folder / name, followlinks=True):
-            inner[:] = [child for child in inner if not child.startswith(".")]
-            for file in files:
-                path = Path(parent, file)
-                if file.startswith("."):  # .DS_Store and the ._NAME.jpg that macOS leaves in archives
-                    continue
-                if path.suffix[1:].lower() not in IMAGES:
-                    ignored.append(path)
-                    continue
-                with _naming(path):
-                    status = path.stat()
-                below = os.fsencode(path.relative_to(folder))
-                yield Picture(path, below, labels[name], status.st_size, status.st_mtime_ns)
+def _is_packed(plan: _Plan) -> bool:
+    """Whether its folder holds this very data set. Raises ValueError if something else is there."""
+    folder = plan.folder
+    # A pack that is killed as it publishes the plan leaves that under a temporary name.
+    if folder.is_dir() and any(not path.name.startswith(f".{_PLAN}.") for path in folder.iterdir()):
+        record = rundir.read_json(folder / _PLAN)
+        if record is None or record["plan"] != plan.identity:
+            what = "other files" if record is None else "other files (of other pictures or arguments)"
+            raise ValueError(f"{folder} holds {what}: pack into another folder, or remove it first")
+        if (folder / "index.json").exists():
+            Index.open(folder)
+            return True
+    return False
+
+
+def _begin(plan: _Plan) -> None:
+    for path in plan.folder.glob(".shard-*"):
+        path.unlink()  # left by a pack that was killed
+    rundir.publish_json(plan.folder / _PLAN, {"plan": plan.identity})
+
+
+def _discard(plans: Sequence[_Plan], made: Path) -> None:
+    for plan in plans:
+        for path in (*plan.folder.glob("shard-*.tar"), plan.folder / _PLAN):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(made, ignore_errors=True)
+
+
+# ---- a disk that is shared and full ---------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _only_packer(out: Path) -> Iterator[None]:
+    """Hold OUT while this process packs. Raises ValueError if another one does.
+
+    A POSIX lock: unlike one of `flock` it is not inherited, so it ends with this process, not with the last of
+    its workers. Leaves no folder behind that it made if nothing was written.
+    """
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / _LOCK, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"another pack writes to {out}: wait for it, or pack into another folder") from None
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        try:
+            yield
+        except BaseException:
+            for folder in (out / name for name in ("train", "val", "test")):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+            if [path.name for path in out.iterdir()] == [_LOCK]:
+                (out / _LOCK).unlink()
+                if new:
+                    out.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Turns a full disk and a killed process into one line."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        if error.errno not in _NO_SPACE:
+            raise
+        quota = " (or of your quota)" if error.errno == errno.EDQUOT else ""
+        raise ValueError(
+            f"no space left{quota} for {error.filename or out}, {_free(out) / 1e6:,.0f} MB are free: make room, then "
+            "the same command goes on where it stopped"
+        ) from None
+    except BrokenProcessPool:
+        raise ValueError(
+            "a packing process was killed, most often for want of memory: the same command with fewer --workers goes on"
+        ) from None
 
 
-def _shuffled(pictures: list[Picture]) -> list[Picture]:
-    return sorted(pictures, key=lambda picture: hashlib.blake2b(picture.source, digest_size=16).digest())
+def _free(out: Path) -> int:
+    while not out.exists():
+        out = out.parent
+    return shutil.disk_usage(out).free
 
 
-def _stratified(pictures: list[Picture], fraction: float) -> tuple[list[Picture], list[Picture]]:
-    """Training and validation: of each class `fraction`, at least one picture, if it has two."""
-    by_class: dict[int, list[Picture]] = {}
-    for picture in pictures:
-        by_class.setdefault(picture.label, []).append(picture)
-    held_out = {
-        picture.source
-        for members in by_class.values()
-        for picture in members[: min(len(members) - 1, max(1, round(fraction * len(members))))]
-    }
-    parts = [p for p in pictures if p.source not in held_out], [p for p in pictures if p.source in held_out]
-    if not parts[1]:
-        raise ValueError("no class has two pictures: none can be held out for validation")
-    return parts
+def _check_space(out: Path, needed: int) -> None:
+    free = _free(out)
+    if needed > free:
+        raise ValueError(
+            f"{out}: {needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free: make room, or pack elsewhere"
+        )
 
 
 # ---- shards ---------------------------------------------------------------------------------------
 
 
-def _plan(folder: Path, pictures: list[Picture], shard_bytes: int, shard_samples: int | None) -> list[_ShardPlan]:
-    shards: list[_ShardPlan] = []
-    filled = 0
-    for number, picture in enumerate(pictures):
-        taken = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in (picture.bytes, 1, len(picture.source)))
-        if not shards or filled + taken + _RECORD > shard_bytes or len(shards[-1].pictures) == shard_samples:
-            shards.append(_ShardPlan(folder / f"shard-{len(shards):06d}.tar", number, []))
-            filled = 0
-        shards[-1].pictures.append(picture)
-        filled += taken
-    return shards
+class _Shard(NamedTuple):
+    path: Path
+    first: int
+    """Number of the first sample in its split. Keys are numbers: names may hold any script and dots."""
+    root: Path
+    made: Path
+    grouped: bool
+    pictures: list[Picture]
 
 
-def _is_packed(folder: Path, classes: list[str], plan: list[_ShardPlan]) -> bool:
-    """Whether `folder` holds this very data set. Prepares it to be filled if not.
-
-    Raises ValueError if something else is there.
-    """
-    content = [
-        [shard.path.name, picture.source.hex(), picture.label, picture.bytes, picture.changed]
-        for shard in plan
-        for picture in shard.pictures
-    ]
-    wanted = hashlib.sha256(json.dumps([index.VERSION, classes, content]).encode()).hexdigest()
-    present = list(folder.iterdir()) if folder.is_dir() else []
-    if present:
-        record = rundir.read_json(folder / _PLAN)
-        if record is None or record["plan"] != wanted:
-            raise ValueError(f"{folder} holds other files: pack into another folder, or remove it first")
-        if (folder / "index.json").exists():
-            Index.open(folder)
-            return True
-        for path in present:
-            if path.name.startswith(".shard-"):
-                path.unlink()  # left by a pack that was killed
-    rundir.publish_json(folder / _PLAN, {"plan": wanted})
-    return False
-
-
-def _write_all(shards: list[_ShardPlan], workers: int | None, progress: bool) -> dict[Path, Scan]:
-    """Write and scan every shard, in parallel. Raises ValueError naming the files that are no pictures."""
+def _write(plans: Sequence[_Plan], data: DataSet, work: _Work) -> None:
+    """Make, write, scan and index. Raises made.NotPictures, naming them."""
+    if not plans:
+        return
+    source = made.Source(work.recipe, data.stores, data.column)
+    _check_space(work.made.parent, _least_bytes(plans, data, work))
+    for plan in plans:
+        _begin(plan)
+    parts, paged = made.make(
+        work.made, source, [(plan.root, plan.pictures) for plan in plans], work.workers, work.progress
+    )
+    if paged:
+        print(f"{paged:,} TIFF files have several pages: the first was taken")
+    cut = [list(_cut(plan, part, data.grouped, work)) for plan, part in zip(plans, parts, strict=True)]
+    shards = [shard for of_plan in cut for shard in of_plan]
+    new = sum(_tar_bytes(picture, data.grouped) for s in shards if not s.path.exists() for picture in s.pictures)
+    _check_space(work.made.parent, new)
     import webdataset  # noqa: F401  # 2.6 s, for it imports torch: once, before the fork
 
-    context = multiprocessing.get_context("fork")
-    done = context.Value("q", 0)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(shards))
-    pool = ProcessPoolExecutor(workers, context, _in_worker, (done,))
-    try:
-        futures = {pool.submit(_write, shard): shard.path for shard in shards}
-        with _progress_bar(sum(len(shard.pictures) for shard in shards), progress) as show:
-            waiting = set(futures)
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
-                show(done.value)
-                for future in finished:
-                    future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    results = {path: future.result() for future, path in futures.items()}
-    faults = [fault for result in results.values() if isinstance(result, list) for fault in result]
-    if faults:
-        named = "; ".join(sorted(faults)[:5]) + (f" and {len(faults) - 5:,} more" if len(faults) > 5 else "")
-        raise ValueError(f"not pictures: {named}: remove or replace them, then pack again")
-    return {path: scan for path, scan in results.items() if isinstance(scan, Scan)}
+    total = sum(len(shard.pictures) for shard in shards)
+    results = parallel.each(
+        _write_shard, shards, "packing", unit="pictures", total=total, workers=work.workers, progress=work.progress
+    )
+    made.refuse(results)
+    scans = {shard.path: scan for shard, scan in zip(shards, results, strict=True) if isinstance(scan, Scan)}
+    for plan, of_plan in zip(plans, cut, strict=True):
+        index.write(plan.folder, [scans[shard.path] for shard in of_plan], data.classes)
 
 
-@contextlib.contextmanager
-def _progress_bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """A function that shows how many pictures are done: a bar on a terminal, nothing in a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    speed = TextColumn("{task.fields[speed]} pictures/s")
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
-        task = bar.add_task("", total=total, speed="-")
-
-        def show(done: int) -> None:
-            bar.update(task, completed=done, speed=f"{done / max(bar.tasks[0].elapsed or 0, 0.1):,.0f}")
-
-        yield show
+def _least_bytes(plans: Sequence[_Plan], data: DataSet, work: _Work) -> int:
+    """What is surely written before the shards' sizes are known."""
+    if not work.recipe.keeps_bytes or work.made.exists():
+        return 0
+    of_files = sum(
+        picture.bytes for plan in plans for picture in plan.pictures if not made.is_made(picture, work.recipe)
+    )
+    there = sum(path.stat().st_size for plan in plans for path in plan.folder.glob("shard-*.tar"))
+    # Rows once as they are made and once in the shards.
+    return max(0, of_files + 2 * sum(store.path.stat().st_size for store in data.stores) - there)
 
 
-_done: Synchronized
-"""Pictures done by all processes; set in each of them."""
+def _tar_bytes(picture: Picture, grouped: bool) -> int:
+    sizes = [picture.bytes, len(str(picture.label)), len(picture.source)]
+    if grouped:
+        sizes.append(len(_group(picture)))
+    return sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
 
 
-def _in_worker(done: Synchronized) -> None:
-    global _done
-    _done = done
-    index.end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
+def _group(picture: Picture) -> bytes:
+    return picture.group.encode(errors="backslashreplace")  # of a file's name that is no UTF-8
 
 
-def _write(shard: _ShardPlan) -> Scan | list[str]:
+def _cut(plan: _Plan, pictures: list[Picture], grouped: bool, work: _Work) -> Iterator[_Shard]:
+    """A picture that is larger than a shard gets one of its own."""
+    start, filled, number = 0, 0, 0
+
+    def shard(end: int) -> _Shard:
+        path = plan.folder / f"shard-{number:06d}.tar"
+        return _Shard(path, start, plan.root, work.made, grouped, pictures[start:end])
+
+    for at, picture in enumerate(pictures):
+        taken = _tar_bytes(picture, grouped)
+        if at > start and (filled + taken + _RECORD > work.shard_bytes or at - start == work.shard_samples):
+            yield shard(at)
+            start, filled, number = at, 0, number + 1
+        filled += taken
+    yield shard(len(pictures))
+
+
+def _write_shard(shard: _Shard) -> Scan | list[str]:
     """Write one shard, unless it is there, and scan it. Or returns what is wrong with its pictures."""
     from webdataset import TarWriter
 
-    if not shard.path.exists():
-        temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}")
-        faults = []
-        with open(temporary, "wb") as file:
+    if shard.path.exists():
+        parallel.advance(len(shard.pictures))
+        return index.scan(shard.path)
+    faults = []
+    try:
+        with made.appearing(shard.path) as file:
             # mtime=0 writes no PAX headers: reproducible, and 1.5 times faster to read.
             writer = TarWriter(file, user="vitdist", group="vitdist", mode=0o444, encoder=False, mtime=0)
             for number, picture in enumerate(shard.pictures, shard.first):
                 try:
-                    writer.write(_sample(number, picture))
+                    writer.write(_sample(number, picture, shard))
                 except ValueError as error:
                     faults.append(str(error))
-                with _done.get_lock():
-                    _done.value += 1
+                parallel.advance()
+            if faults:
+                raise made.NotPictures
             writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-        if faults:
-            temporary.unlink()
-            return faults
-        os.replace(temporary, shard.path)
-        rundir.sync_folder(shard.path.parent)
-    else:
-        with _done.get_lock():
-            _done.value += len(shard.pictures)
+    except made.NotPictures:
+        return faults
     return index.scan(shard.path)
 
 
-def _sample(number: int, picture: Picture) -> dict[str, str | bytes]:
-    with _naming(picture.path):
-        content = picture.path.read_bytes()
-    if len(content) != picture.bytes:
-        raise ValueError(f"{picture.path}: changed while it was packed")
-    return {
+def _sample(number: int, picture: Picture, shard: _Shard) -> dict[str, str | bytes]:
+    content = made.read(shard.made, picture) if picture.store >= 0 else made.original(shard.root, picture)
+    try:
+        # A BMP or TIFF that is called .jpg is seen here only.
+        kind, content = recode(content, Recipe())
+    except ValueError as error:
+        raise ValueError(f"{shard.root / os.fsdecode(picture.source)} ({error})") from None
+    sample: dict[str, str | bytes] = {
         "__key__": f"{number:09d}",
-        _kind(content, picture.path): content,
+        kind: content,
         LABEL: str(picture.label).encode(),
         SOURCE: picture.source,
     }
-
-
-def _kind(content: bytes, path: Path) -> str:
-    """Format by content, for many a .jpg is a PNG. Raises ValueError for what is none of IMAGES."""
-    if content.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        return "webp"
-    raise ValueError(f"{path} ({'empty' if not content else f'begins with {content[:4]!r}'})")
+    if shard.grouped:
+        sample[GROUP] = _group(picture)
+    return sample
 
 
 # ---- the demo's data ------------------------------------------------------------------------------
