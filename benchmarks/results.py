@@ -14,7 +14,11 @@ _LIBRARIES = ("torch", "torchvision", "webdataset", "simplejpeg", "isal", "numpy
 def machine() -> dict[str, Any]:
     """Processor, cores, Python and libraries."""
     cpu = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.machine(),
     )
     versions = {}

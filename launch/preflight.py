@@ -90,18 +90,20 @@ def _index(folder: Path) -> tuple[dict[str, Any], str]:
     """What index.json says, and what is wrong ("" if nothing)."""
     if not folder.is_dir():
         return {}, f"{folder}: no such folder; to make it of pictures run: vitdist pack FOLDER {folder.parent}"
-    if not any(folder.glob("*.tar")) and not (folder / "index.json").exists():
-        inside = [path for path in (folder / "train", folder / "val") if any(path.glob("*.tar"))]
-        hint = f"did you mean {inside[0]}?" if inside else f"if it holds pictures, run: vitdist pack {folder} OUT"
-        return {}, f"{folder}: holds no shards (*.tar); {hint}"
     try:
         record = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("not a record")
     except FileNotFoundError:
-        return {}, f"{folder}: its shards have no index; run: vitdist index {folder}"
+        record = {}
     except (OSError, ValueError) as error:
         return {}, f"{folder}/index.json cannot be read ({error}); run: vitdist index {folder}"
+    if not record.get("base") and not any(folder.glob("*.tar")):  # `base`: the shards lie elsewhere
+        inside = [path for path in (folder / "train", folder / "val") if any(path.glob("*.tar"))]
+        hint = f"did you mean {inside[0]}?" if inside else f"if it holds pictures, run: vitdist pack {folder} OUT"
+        return {}, f"{folder}: holds no shards (*.tar); {hint}"
+    if not record:
+        return {}, f"{folder}: its shards have no index; run: vitdist index {folder}"
     return record, ""
 
 

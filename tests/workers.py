@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vitdist import checkpoint, config, dist, model, optim, stop
 from vitdist.config import Config
+from vitdist.data.index import Index
 from vitdist.engine import Engine
 from vitdist.rundir import RunDir
 
@@ -153,8 +154,13 @@ def resume_with(changes: dict[str, Any], folder: str) -> str:
         return f"resumed at {step}, passed over {skipped}"
 
 
-def train(arguments: list[str], cwd: str, output: str, stop_at: int | None = None) -> int:
-    """The trainer's own main in this rank, its output in a file; at step `stop_at` the last rank is asked to stop."""
+def train(
+    arguments: list[str], cwd: str, output: str, stop_at: int | None = None, elsewhere: tuple[str, str] | None = None
+) -> int:
+    """The trainer's own main in this rank, its output in a file; at step `stop_at` the last rank is asked to stop.
+
+    `elsewhere`: the last rank has the second folder where the others have the first.
+    """
     os.chdir(cwd)
     from vitdist import train as trainer
 
@@ -162,13 +168,16 @@ def train(arguments: list[str], cwd: str, output: str, stop_at: int | None = Non
     if stop_at is not None and rank == int(os.environ["WORLD_SIZE"]) - 1:
         original = trainer._update
 
-        def update_then_signal(session: Any, batches: Any) -> Any:
-            result = original(session, batches)
+        def update_then_signal(session: Any, *rest: Any) -> Any:
+            result = original(session, *rest)
             if session.engine.steps == stop_at:
                 os.kill(os.getpid(), signal.SIGUSR2)
             return result
 
         trainer._update = update_then_signal
+    if elsewhere and rank == int(os.environ["WORLD_SIZE"]) - 1:
+        opened = Index.open
+        Index.open = lambda place, cache=None: opened(str(place).replace(*elsewhere), cache)  # type: ignore[method-assign]
     with (
         open(f"{output}.{rank}", "w", buffering=1) as file,
         contextlib.redirect_stdout(file),

@@ -48,8 +48,17 @@ def _parser() -> argparse.ArgumentParser:
     pack.set_defaults(run=_pack)
 
     index = commands.add_parser("index", help="index tar shards that others made")
-    index.add_argument("folder", help="folder of .tar shards with jpg|jpeg|png|webp and cls members")
-    index.add_argument("--classes", help="text file with one class name a line, in the order of the labels")
+    index.add_argument(
+        "shards", help="folder of .tar shards, or a pattern of paths or URLs: https://host/{0000..0099}.tar"
+    )
+    index.add_argument(
+        "--label", default="cls", help="member with the label: cls (default), txt, or json:FIELD; a number or a name"
+    )
+    index.add_argument(
+        "--classes", help="class names in the order of their numbers: a file with one a line, or another indexed folder"
+    )
+    index.add_argument("--out", help="folder for the index, if not beside the shards; must be given for URLs")
+    index.add_argument("--workers", type=int, help="processes (default: one a core)")
     index.set_defaults(run=_index)
 
     digits = commands.add_parser("digits", help="write scikit-learn's scanned digits as an ImageFolder")
@@ -79,12 +88,15 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from vitdist.data.index import Index, build
+    from vitdist.data.index import Index, build, read_classes
 
-    classes = Path(args.classes).read_text(encoding="utf-8").split("\n") if args.classes else None
-    build(args.folder, [name.strip() for name in classes if name.strip()] if classes else None)
-    index = Index.open(args.folder)
-    print(f"{args.folder}: {len(index):,} samples of {len(index.classes)} classes, digest {index.digest[:12]}")
+    classes = read_classes(args.classes) if args.classes else None
+    build(args.shards, classes, args.workers, label=args.label, out=args.out, progress=True)
+    index = Index.open(args.out or args.shards)
+    print(
+        f"{index.folder}: {len(index):,} samples of {len(index.classes):,} classes in {len(index.shards):,} shards, "
+        f"digest {index.digest[:12]}"
+    )
 
 
 def _digits(args: argparse.Namespace) -> None:

@@ -147,7 +147,7 @@ def _assemble(
 
     batch = config.split_batch(settings.train, me.world)
     augment.check(settings.data, batch.micro_batch)
-    training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch.global_batch))
+    training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch))
     _agree(
         me,
         {
@@ -181,7 +181,7 @@ def _assemble(
     return session, about
 
 
-def _open_data(settings: Config, global_batch: int) -> "tuple[Training, Index]":
+def _open_data(settings: Config, batch: Batch) -> "tuple[Training, Index]":
     """The training and the validation set. Raises ValueError for what cannot be trained on."""
     from vitdist.data import loader
     from vitdist.data.index import Index
@@ -190,9 +190,9 @@ def _open_data(settings: Config, global_batch: int) -> "tuple[Training, Index]":
     if settings.data.stream:
         from vitdist.data import stream  # webdataset costs 0.6 s to import
 
-        training = stream.open_stream(settings, val_set.classes, global_batch)
+        training = stream.open_stream(settings, val_set.classes, batch.world)
     else:
-        training = loader.open_training(settings, global_batch)
+        training = loader.open_training(settings, batch.global_batch)
     if training.classes != val_set.classes:
         odd = sorted(set(training.classes) ^ set(val_set.classes)) or ["their order"]
         raise ValueError(

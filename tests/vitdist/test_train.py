@@ -1,6 +1,8 @@
 """Whole runs of the trainer over gloo: to the end, stopped and resumed, refused."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +15,23 @@ from safetensors.torch import load_file
 
 from tests import ranks, workers
 from vitdist import checkpoint, rundir
+from vitdist.data.index import Index, build
 from vitdist.rundir import RunDir
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
 
 
-def train(tmp_path: Path, world: int, *arguments: str, stop_at: int | None = None) -> tuple[set[int], str]:
+def train(
+    tmp_path: Path,
+    world: int,
+    *arguments: str,
+    stop_at: int | None = None,
+    elsewhere: tuple[str, str] | None = None,
+) -> tuple[set[int], str]:
     """Exit codes of all ranks, and what they wrote."""
     output = tmp_path / "output"
-    codes = ranks.run(workers.train, world, list(arguments), str(tmp_path), str(output), stop_at)
+    codes = ranks.run(workers.train, world, list(arguments), str(tmp_path), str(output), stop_at, elsewhere)
     return set(codes), "".join((tmp_path / f"output.{rank}").read_text() for rank in range(world))
 
 
@@ -90,9 +99,13 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, recipe: Path, 
     assert len(losses[0]) == 12
 
 
-def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path) -> None:
+AUGMENTED = ["data.mixup=0.8", "data.cutmix=1.0", "data.erase=0.5", "data.class_shares={red: 2}"]
+
+
+@pytest.mark.parametrize("settings", [[], AUGMENTED], ids=["plain", "augmented"])
+def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path, settings: list[str]) -> None:
     for name, world, more in (("one", 1, []), ("two", 2, ["train.accumulation=3"]), ("three", 3, [])):
-        assert train(tmp_path, world, str(recipe), "--name", name, *more)[0] == {0}
+        assert train(tmp_path, world, str(recipe), "--name", name, *settings, *more)[0] == {0}
     found = [
         [row["train/loss"] for row in rundir.rows(RunDir(tmp_path / "runs" / name)) if "train/loss" in row]
         for name in ("one", "two", "three")
@@ -117,8 +130,6 @@ def test_the_exported_model_classifies_digits_as_the_evaluation_did(tmp_path: Pa
     )
     assert codes == {0}, text
     from transformers import pipeline
-
-    from vitdist.data.index import Index
 
     run, index = RunDir(tmp_path / "runs" / "digits"), Index.open(digits / "shards" / "val")
     classify = pipeline("image-classification", model=str(run.model))
@@ -206,3 +217,77 @@ def test_a_torn_checkpoint_is_put_aside_and_made_again(tmp_path: Path, recipe: P
     assert "goes on at step 6 of 12" in text
     assert checkpoint.verify(run.checkpoints / "step-00000007") is None
     assert len(list(run.checkpoints.glob(".torn-step-00000007-*"))) == 1
+
+
+def damage(shards: Path, rows: list[int]) -> Index:
+    """Flip a byte of each sample."""
+    index = Index.open(shards)
+    for row in rows:
+        shard, offset, size = index.span(row)
+        with open(index.places[shard].url, "r+b") as file:
+            file.seek(offset + size // 2)
+            byte = file.read(1)[0]
+            file.seek(offset + size // 2)
+            file.write(bytes([byte ^ 1]))
+    return index
+
+
+def test_bad_samples_are_replaced_listed_and_budgeted(tmp_path: Path, recipe: Path, squares: Path) -> None:
+    shutil.copytree(squares, tmp_path / "shards")
+    train_set, val_set = damage(tmp_path / "shards/train", [3]), damage(tmp_path / "shards/val", [5])
+    places = [f"data.{name}={tmp_path}/shards/{name}" for name in ("train", "val")]
+    codes, text = train(tmp_path, 2, str(recipe), "--name", "few", *places, "data.max_bad=0.1")
+    assert codes == {0}, text
+    run = RunDir(tmp_path / "runs/few")
+    listed = [json.loads(line) for line in run.bad_samples.read_text().splitlines()]
+    of_train = [bad for bad in listed if bad["set"] == "train"]
+    assert {(bad["id"], bad["key"], bad["shard"], bad["reason"]) for bad in of_train} == {
+        (3, train_set.key(3), "shard-000000.tar", "changed")
+    }
+    assert len(of_train) == 2  # 12 steps of 12 are 2.4 epochs of 60: the row came in the two whole ones
+    assert {(bad["id"], bad["key"]) for bad in listed if bad["set"] == "val"} == {(5, val_set.key(5))}
+    last = rundir.rows(run)[-1]
+    assert "evaluated 20 of 21 validation samples, each once" in text
+    assert [row["data/bad_changed"] for row in rundir.rows(run) if "data/bad_changed" in row][-1] == 2
+    assert last["val/unreadable"] == 1
+    damage(tmp_path / "shards/train", list(range(10, 20)))
+    codes, text = train(tmp_path, 2, str(recipe), "--name", "many", *places, "data.max_bad=0.05")
+    assert codes == {rundir.EXIT_DO_NOT_REQUEUE}, text
+    assert "samples could not be used by step" in text
+    assert "changed; " in text
+    assert "in shard-000000.tar), more than data.max_bad 0.05 allows (3)" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("other", "the training shards of rank 1 ("),
+        ("gone", r"is missing: bring it back, or run: vitdist index"),
+    ],
+)
+def test_ranks_that_see_other_shards_end_at_once(
+    tmp_path: Path, recipe: Path, squares: Path, changed: str, said: str
+) -> None:
+    """As on two nodes with disks of their own: rank 1 has another folder under the same path."""
+    shutil.copytree(squares, tmp_path / "rank-1")
+    if changed == "gone":
+        (tmp_path / "rank-1/train/shard-000000.tar").unlink()
+    else:
+        build(tmp_path / "rank-1/train", ["blue", "green", "pink"])
+        build(tmp_path / "rank-1/val", ["blue", "green", "pink"])
+    codes, text = train(tmp_path, 2, str(recipe), "--name", "x", elsewhere=(str(squares), str(tmp_path / "rank-1")))
+    assert codes == {rundir.EXIT_REFUSED}, text
+    assert re.search(re.escape(said) if "(" in said else said, text), text
+    assert "Traceback" not in text
+
+
+def test_a_stream_trains_and_says_what_is_lost(tmp_path: Path, recipe: Path, squares: Path) -> None:
+    stream = [f"data.train=stream:{squares}/train/shard-000000.tar", "data.stream_samples=60"]
+    codes, text = train(tmp_path, 1, str(recipe), "--name", "x", *stream)
+    assert codes == {0}, text
+    assert "a resume begins a new pass" in text
+    assert "60 training and 21 validation samples" in text
+    codes, text = train(tmp_path, 2, str(recipe), "--name", "y", *stream)
+    assert codes == {rundir.EXIT_REFUSED}
+    assert "1 shards cannot feed 2 ranks" in text

@@ -37,23 +37,23 @@ _BUFFER = 2048
 """Samples among which a loader process shuffles; 200 MB of photos."""
 
 
-def open_stream(config: Config, classes: list[str], global_batch: int) -> Training:
+def open_stream(config: Config, classes: list[str], world: int) -> Training:
     """Training on the stream that the settings name, with the classes of the validation set.
 
-    Raises ValueError if nothing is named or fewer shards than a rank can share.
+    Raises ValueError if no shards are named, or fewer than there are ranks.
     """
     assert config.data.stream
     assert config.data.stream_samples
     shards = _shards(config.data.stream)
+    if world > len(shards):
+        raise ValueError(
+            f"data.train: {len(shards)} shards cannot feed {world} ranks: each needs one of its own; "
+            "write smaller shards, or use fewer ranks"
+        )
     about = json.dumps([shards, config.data.stream_samples])
     identity = hashlib.sha256(about.encode()).hexdigest()
 
     def batches(batch: Batch, rank: int, start_step: int, local_world: int) -> Generator[MicroBatch]:
-        if batch.world > len(shards):
-            raise ValueError(
-                f"data.train: {len(shards)} shards cannot feed {batch.world} ranks: each needs one of its own; "
-                "write smaller shards, or use fewer ranks"
-            )
         workers = min(worker_count(config, local_world), len(shards) // batch.world)
         # A pass is numbered by its first step: a resumed run deals its shards anew.
         samples = _Stream(config, shards, classes, batch, rank, start_step)

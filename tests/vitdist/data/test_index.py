@@ -303,3 +303,25 @@ def test_an_index_may_lie_elsewhere(tmp_path: Path) -> None:
     assert opened.image(4) == picture(1)
     with pytest.raises(ValueError, match="no names of shards"):
         build(tmp_path / "nothing")
+
+
+def test_shards_and_index_behind_a_url(tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for i in range(2):
+        write_tar(tmp_path / f"{i}.tar", samples([f"{i}-{j}" for j in range(3)]))
+        memory.pipe_file(f"/set/{i}.tar", (tmp_path / f"{i}.tar").read_bytes())
+    build("memory://set/{0..1}.tar", out=tmp_path / "index")
+    here = Index.open(tmp_path / "index")
+    assert [here.image(i) for i in range(6)] == [picture(i % 3) for i in range(6)]
+    assert not list((tmp_path / "index/.index").glob("tmp*"))
+    for name in ("index.json", "index.arrow"):
+        memory.pipe_file(f"/set/{name}", (tmp_path / "index" / name).read_bytes())
+    there = Index.open("memory://set")
+    assert (there.digest, there.keys()) == (here.digest, here.keys())
+    assert there.image(5) == picture(2)
+    with pytest.raises(ValueError, match="say with --out in which folder"):
+        build("memory://set/{0..1}.tar")
+    with pytest.raises(ValueError, match=r"memory://nothing/index.json: not there"):
+        Index.open("memory://nothing")
