@@ -134,7 +134,7 @@ class Finder:
     def _by_stem(self, root: Path) -> dict[str, list[str]]:
         if root not in self.stems:
             stems = self.stems[root] = {}
-            below = len(os.fspath(root)) + 1
+            below = len(os.path.join(root, ""))
             for entry in walk(os.fspath(root), frozenset()):
                 if extension(entry.name) in PICTURES:
                     stems.setdefault(os.path.splitext(entry.name)[0], []).append(entry.path[below:])

@@ -316,6 +316,8 @@ def _write(plans: Sequence[_Plan], data: DataSet, work: _Work) -> None:
     )
     if paged:
         print(f"{paged:,} TIFF files have several pages: the first was taken")
+    if not work.recipe.keeps_bytes:
+        _say_growth([plan.pictures for plan in plans], parts)
     cut = [list(_cut(plan, part, data.grouped, work)) for plan, part in zip(plans, parts, strict=True)]
     shards = [shard for of_plan in cut for shard in of_plan]
     new = sum(_tar_bytes(picture, data.grouped) for s in shards if not s.path.exists() for picture in s.pictures)
@@ -330,6 +332,15 @@ def _write(plans: Sequence[_Plan], data: DataSet, work: _Work) -> None:
     scans = {shard.path: scan for shard, scan in zip(shards, results, strict=True) if isinstance(scan, Scan)}
     for plan, of_plan in zip(plans, cut, strict=True):
         index.write(plan.folder, [scans[shard.path] for shard in of_plan], data.classes)
+
+
+def _say_growth(listed: list[list[Picture]], made: list[list[Picture]]) -> None:
+    """Sources of quality 75 are often smaller than what quality 95 makes of their half."""
+    before, after = (sum(picture.bytes for part in parts for picture in part) for parts in (listed, made))
+    if 0 < before < after:
+        print(
+            f"the pictures grew from {before / 1e6:,.1f} to {after / 1e6:,.1f} MB: a lower --quality makes them smaller"
+        )
 
 
 def _least_bytes(plans: Sequence[_Plan], data: DataSet, work: _Work) -> int:

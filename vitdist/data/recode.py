@@ -8,7 +8,9 @@ become PNG, losslessly. A recipe makes JPEGs of at most `resize` pixels on the s
 Chroma is kept at full resolution (4:4:4). On 100 photographs at 160 pixels, quality 95, it costs 20 % more
 bytes than 4:2:0 (17.9 against 14.9 KB) and gives 43.3 instead of 40.2 dB; 4:4:4 at quality 90 is as good as
 4:2:0 at 95 with 16 % fewer bytes (12.6 KB, 39.9 dB). Lanczos, since training resizes once more and a softer
-filter would blur twice. The JPEG decoder may halve the picture as long as it stays twice as large as wanted.
+filter would blur twice; bicubic takes 5 % to 30 % less time. The JPEG decoder may halve the picture as long as it
+stays twice as large as wanted: against resizing the whole, at 400x533 to 96 pixels, that gives 43 dB, as near as
+quality 95 itself, in half the time; a decoder that may go down to the wanted size gives 33 to 41 dB.
 """
 
 import io
@@ -87,8 +89,8 @@ def pages(content: bytes) -> int:
 
 
 def _png(image: Image.Image) -> bytes:
-    image.load()  # a TIFF turns itself upright here, and takes the tag off
-    image = _upright(_storable(image), image.getexif().get(_ORIENTATION, 1))  # many readers of PNG ignore the tag
+    """Of a BMP, or a TIFF, which PIL turns upright as it decodes it."""
+    image = _storable(image)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=_PNG_LEVEL, icc_profile=None)
     return buffer.getvalue()

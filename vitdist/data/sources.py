@@ -321,11 +321,11 @@ def _folders(folder: Path) -> list[str]:
 
 def _in_classes(folder: Path, found: _Found, ignored: list[str]) -> Iterator[Picture]:
     top = frozenset([identity(folder)])
-    below = len(os.fspath(folder)) + 1
+    below = len(os.path.join(folder, ""))
     for name in _folders(folder):
         if name not in (found.known or ()):
             raise ValueError(f"{folder / name}: a class that the training pictures do not have")
-        for entry in walk(os.fspath(folder / name), top):
+        for entry in walk(os.path.join(folder, name), top):
             if extension(entry.name) not in PICTURES:
                 ignored.append(entry.path)
                 continue

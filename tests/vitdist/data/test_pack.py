@@ -419,6 +419,15 @@ def picture_of_noise(size: int = 64) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
+def test_says_when_resized_pictures_grow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        put(tmp_path / "pictures" / name / "0.jpg", encoded(picture_of_noise(), "JPEG", quality=20))
+    pack(tmp_path / "pictures", tmp_path / "out", workers=1, resize=60)
+    assert "the pictures grew from 0.0 to 0.0 MB: a lower --quality makes them smaller" in capsys.readouterr().out
+    pack(tmp_path / "pictures", tmp_path / "small", workers=1, resize=60, quality=10)
+    assert "grew" not in capsys.readouterr().out
+
+
 def test_pages_and_misnamed_pictures(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pages = [smooth(), smooth().rotate(180)]
     put(pictures / "rare/pages.tiff", encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
@@ -505,6 +514,13 @@ def test_too_little_space_is_told_before_the_start(
         with pytest.raises(ValueError, match=r"out: 0 MB are needed and 0 MB are free: make room, or pack elsewhere"):
             pack(pictures, tmp_path / "out", workers=1)
     assert not list((tmp_path / "out").rglob("*.tar"))
+    # Rows lie on the disk twice while they are packed: known before the first is read.
+    source, _ = as_hub(pictures, tmp_path)
+    free = sum(path.stat().st_size for path in source.rglob("*.parquet")) + 2000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="MB are needed"):
+        pack(source, tmp_path / "rows", workers=1)
+    assert not (tmp_path / "rows").exists()
 
 
 COMMAND = "import sys; from vitdist.data.pack import pack; pack(sys.argv[1], sys.argv[2], shard_samples=2, workers=2)"

@@ -255,6 +255,14 @@ def test_an_imagefolder_with_metadata(photos: Path, tmp_path: Path) -> None:
 # ---- folders --------------------------------------------------------------------------------------
 
 
+def test_from_inside_the_folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(photos / "t.csv", "image_id,dx\na1,x\nb1,y\n")
+    put(photos / "flat/0.jpg")
+    monkeypatch.chdir(photos)
+    assert listed(sources.read("t.csv"))["train"].keys() == {"a1.jpg", "deep/b1.tif"}
+    assert listed(sources.read("."))["train"].keys() == {"deep/b1.tif", "deep/b2.jpg", "flat/0.jpg"}
+
+
 def test_groups_from_names(tmp_path: Path) -> None:
     for name in ("train/x/patient12_1.jpg", "train/y/patient12_2.jpg", "val/x/patient3_1.jpg"):
         put(tmp_path / "photos" / name)
