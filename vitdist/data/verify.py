@@ -1,5 +1,6 @@
 """Are the shards what they were? Size, SHA-256, each sample's CRC, a test decode of each picture. No torch.
 
+    vitdist verify shards                              # all splits in it
     vitdist verify shards/train                        # exit code 0: all is well, 1: something is broken
     vitdist verify shards/train --repair mended        # the same without the broken samples, in another folder
     vitdist verify FOLDER --label json:label           # tars without an index: what of them can be indexed
@@ -14,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 import warnings
 from collections import Counter
@@ -223,8 +225,10 @@ def _exchanged(found: list[Finding]) -> tuple[list[Finding], dict[int, str]]:
         if words and (place := lies.get(shard.sha256)):
             elsewhere[number] = place
             words += f"; its own bytes lie in {Path(place).name}: give it its name"
+            astray = [sample._replace(reason="its shard has another's name") for sample in finding.broken]
+            finding = replace(finding, broken=astray)
         told.append(replace(finding, fault=words))
-    for path in strays:
+    for path in strays if base == Path(_set.folder) else ():
         told.append(Finding(path.name, "not in the index", 0, path.stat().st_size, [], [], [], [], ""))
     return told, elsewhere
 
@@ -242,8 +246,11 @@ class Salvage(NamedTuple):
     """First byte and end of what no header leads to."""
 
 
-def salvage(source: tar.File) -> Salvage:
-    """Walk a tar, and behind each damage look for the next header that is whole."""
+def salvage(source: tar.File, usual: frozenset[str] = frozenset()) -> Salvage:
+    """Walk a tar, and behind each damage look for the next header that is whole.
+
+    `usual`: the members that a sample beside a damage must have, if no other sample of this tar tells.
+    """
     at, gaps = 0, list[tuple[int, int]]()
     groups, beside = list[list[Part]](), set[int]()
     while True:
@@ -266,10 +273,10 @@ def salvage(source: tar.File) -> Salvage:
             break
         at = following
     common = Counter(_extensions(g) for k, g in enumerate(groups) if k not in beside).most_common(1)
-    usual = common[0][0] if common else frozenset[str]()
+    usual = common[0][0] if common else usual
     torn = {k for k in beside if k >= 0 and not (usual and _extensions(groups[k]) >= usual)}
     whole = [group for k, group in enumerate(groups) if k not in torn]
-    return Salvage(whole, [groups[k] for k in sorted(torn)], gaps)
+    return Salvage(whole, [groups[k] for k in sorted(torn)], [gap for gap in gaps if gap[0] < gap[1]])
 
 
 class _Behind:
@@ -311,7 +318,16 @@ def _zeros(source: tar.File, at: int) -> bool:
     return True
 
 
-def _check_unindexed(label: str, decode: bool, path: Path) -> Finding:
+def _usual(paths: Sequence[Path]) -> frozenset[str]:
+    """The members of the first sample of the first tar that begins with a whole one."""
+    for path in paths:
+        with contextlib.suppress(ValueError), open(path, "rb", buffering=0) as file:
+            for parts in tar.samples(tar.File(file.fileno()), path.name):
+                return _extensions(parts)
+    return frozenset()
+
+
+def _check_unindexed(label: str, decode: bool, usual: frozenset[str], path: Path) -> Finding:
     """Whether a tar can be indexed, and which of its samples are whole."""
     try:
         index.scan(path, label)
@@ -321,7 +337,7 @@ def _check_unindexed(label: str, decode: bool, path: Path) -> Finding:
     broken, odd, spans, seen = list[Broken](), list[Broken](), list[tuple[int, int]](), set[str]()
     with open(path, "rb", buffering=0) as file:
         source = tar.File(file.fileno())
-        found = salvage(source)
+        found = salvage(source, usual)
         for parts in found.whole:
             key, name, reason, warning = parts[0].key, "", "", ""
             try:
@@ -388,8 +404,9 @@ def verify(
     global _set
     folder = Path(folder) if not storage.is_remote(str(folder)) else str(folder)
     if isinstance(folder, Path) and not (folder / "index.json").exists() and folder.is_dir() and index.tars(folder):
-        work = partial(_check_unindexed, label, decode)
-        found = parallel.each(work, index.tars(folder), "verifying", workers=workers, progress=progress)
+        paths = index.tars(folder)
+        work = partial(_check_unindexed, label, decode, _usual(paths))
+        found = parallel.each(work, paths, "verifying", workers=workers, progress=progress)
         return Result(str(folder), False, found, {})
     _set = opened(folder)
     work_on = partial(_check, decode)
@@ -471,18 +488,35 @@ def run(
     as_json: bool = False,
     workers: int | None = None,
 ) -> int:
-    """The command: print what is found, write what is whole into `out` if not all is; returns the exit code."""
-    result = verify(folder, decode=decode, label=label, workers=workers)
-    print(json.dumps(record(result), indent=1, ensure_ascii=False) if as_json else text(result))
-    if not as_json and not result.ok:
-        _print_reasons(result)
-    if out and not result.ok:
-        said = repair(result, out, label=label, workers=workers)
+    """The command: print what is found, write what is whole into `out` if not all is; returns the exit code.
+
+    A folder that holds splits stands for all of them, in `out` too.
+    """
+    inside: list[str | Path] = [] if storage.is_remote(str(folder)) else [*_splits(Path(folder))]
+    results = []
+    for part in inside or [folder]:
+        result = verify(part, decode=decode, label=label, workers=workers)
+        results.append(result)
         if not as_json:
-            print(said)
-    elif not as_json and not result.ok:
+            print(text(result))
+            _print_reasons(result)
+        if out and not result.ok:
+            said = repair(result, Path(out, Path(part).name) if inside else out, label=label, workers=workers)
+            print(said, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        told = [record(result) for result in results]
+        print(json.dumps(told if inside else told[0], indent=1, ensure_ascii=False))
+    ok = all(result.ok for result in results)
+    if not ok and not out and not as_json:
         print(f"to write what is whole into another folder: vitdist verify {folder} --repair OUT")
-    return 0 if result.ok else 1
+    return 0 if ok else 1
+
+
+def _splits(folder: Path) -> list[Path]:
+    """Sets in a folder that is none itself."""
+    if not folder.is_dir() or (folder / "index.json").exists() or index.tars(folder):
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and ((p / "index.json").exists() or index.tars(p)))
 
 
 def record(result: Result) -> dict[str, Any]:

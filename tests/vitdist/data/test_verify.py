@@ -83,11 +83,11 @@ def contents(folder: Path) -> dict[str, tuple[str, bytes, str]]:
     }
 
 
-def assert_mended(result: verify.Result, whole: Path, out: Path, lost: list[int]) -> None:
+def assert_mended(result: verify.Result, whole: Path, out: Path, lost: list[int], less: range = range(0)) -> None:
     """What `repair` writes is the whole set without `lost`, and nothing else."""
     shutil.rmtree(out, ignore_errors=True)
     verify.repair(result, out, workers=1, progress=False)
-    expected = {key: rest for key, rest in contents(whole).items() if int(key) not in lost}
+    expected = {key: rest for key, rest in contents(whole).items() if int(key) not in lost and int(key) not in less}
     assert contents(out) == expected
     assert look(out).ok
     assert [int(line.split("\t")[1]) for line in (out / "removed.txt").read_text().splitlines()] == lost
@@ -102,7 +102,7 @@ def test_all_is_well(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (whole / "never").exists()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 @example(place=0.0, flip=1)
 @example(place=0.9999, flip=255)
@@ -124,7 +124,7 @@ def test_a_flipped_byte_costs_one_sample(whole: Path, tmp_path: Path, place: flo
     assert_mended(result, whole, tmp_path / "mended", hit)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True))
 @example(place=0.0)
 def test_a_cut_costs_what_lies_behind_it(whole: Path, tmp_path: Path, place: float) -> None:
@@ -160,6 +160,7 @@ def test_swapped_shards_are_told_and_lose_nothing(whole: Path, damaged: Path, tm
     (damaged / "x").rename(damaged / NAMES[1])
     result = look(damaged)
     assert set(broken(result)) == set(range(10))
+    assert result.reasons() == {"its shard has another's name": 10}
     assert result.shards[0].fault == f"holds the bytes of {NAMES[1]}; its own bytes lie in {NAMES[1]}: give it its name"
     assert_mended(result, whole, tmp_path / "mended", [])
 
@@ -237,6 +238,26 @@ def test_repair_refuses_and_goes_on(whole: Path, damaged: Path, tmp_path: Path) 
     assert not (tmp_path / "nothing").exists()
 
 
+def test_all_splits_of_a_folder(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(whole, tmp_path / "sets" / split)
+    assert verify.run(tmp_path / "sets", workers=1) == 0
+    assert capsys.readouterr().out.count("all is well") == 2
+    (tmp_path / "sets/val" / NAMES[0]).unlink()
+    assert verify.run(tmp_path / "sets", as_json=True, out=tmp_path / "mended", workers=1) == 1
+    assert [found["ok"] for found in json.loads(capsys.readouterr().out)] == [True, False]
+    assert [p.name for p in (tmp_path / "mended").iterdir()] == ["val"]
+    assert len(Index.open(tmp_path / "mended/val")) == 10
+
+
+def test_shards_that_lie_elsewhere(whole: Path, damaged: Path, tmp_path: Path) -> None:
+    build(f"{damaged}/shard-{{000000..000001}}.tar", CLASSES, out=tmp_path / "index", workers=1)
+    assert look(tmp_path / "index").ok  # the third is none of this set's
+    (damaged / NAMES[1]).write_bytes(b"")
+    result = look(tmp_path / "index")
+    assert_mended(result, whole, tmp_path / "mended", list(range(5, 10)), less=range(10, 15))
+
+
 # ---- without an index -------------------------------------------------------------------------------
 
 
@@ -275,7 +296,7 @@ def test_salvage_behind_a_damaged_header(whole: Path, bare: Path, tmp_path: Path
         assert contents(out) == {key: rest for key, rest in contents(whole).items() if int(key) != number}
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True))
 @example(place=0.0)
 def test_salvage_of_a_cut_tar(whole: Path, tmp_path: Path, place: float) -> None:
