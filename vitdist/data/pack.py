@@ -267,8 +267,8 @@ def _told(out: Path) -> Iterator[None]:
             raise
         quota = " (or of your quota)" if error.errno == errno.EDQUOT else ""
         raise ValueError(
-            f"no space left{quota} for {error.filename or out}, {_free(out) / 1e6:,.0f} MB are free: make room, then "
-            "the same command goes on where it stopped"
+            f"no space left{quota} for {error.filename or out} ({_free(out) / 1e6:,.0f} MB are free without it): "
+            "make room, then the same command goes on where it stopped"
         ) from None
     except BrokenProcessPool:
         raise ValueError(
