@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vitdist import rundir
-from vitdist.data import stats_page
+from vitdist.data import stats_page, storage
 from vitdist.data.survey import (
     SAMPLES,
     Record,
@@ -53,11 +53,17 @@ def run(
     show(stats)
     if json_file:
         rundir.publish(Path(json_file), json.dumps(record(stats), indent=1, ensure_ascii=False) + "\n")
-    place = (
-        Path(out) if out else Path(os.path.commonpath([part.folder for part in stats.splits.values()]), "stats.html")
-    )
+    place = Path(out) if out else _beside([part.folder for part in stats.splits.values()]) / "stats.html"
     stats_page.write(stats, place)
     print(f"as a page: {place}" if place.suffix == ".html" else f"samples of each class: {place}")
+
+
+def _beside(folders: Sequence[str]) -> Path:
+    """Where the page of these splits goes: the folder of all, or the current one where that cannot be written."""
+    if any(storage.is_remote(folder) for folder in folders):
+        return Path()
+    folder = Path(os.path.commonpath([Path(folder).absolute() for folder in folders]))
+    return folder if os.access(folder, os.W_OK) else Path()
 
 
 def show(stats: Stats) -> None:

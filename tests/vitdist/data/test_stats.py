@@ -229,3 +229,13 @@ def test_splits_of_other_classes_and_clear_errors(troubled: Path, tmp_path: Path
         look([troubled], samples=0)
     with pytest.raises(ValueError, match=r"ends in \.html, \.svg or \.png"):
         stats.run([troubled], out="x.pdf")
+
+
+def test_where_the_page_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/train").mkdir(parents=True)
+    assert stats._beside(["a/train", str(tmp_path / "a/val")]) == tmp_path / "a"
+    assert stats._beside(["a/train"]) == tmp_path / "a/train"
+    assert stats._beside(["https://host/a/train", "https://host/a/val"]) == Path()
+    monkeypatch.setattr(stats.os, "access", lambda folder, mode: False)
+    assert stats._beside(["a/train"]) == Path()
