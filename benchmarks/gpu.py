@@ -13,6 +13,7 @@ measured on H100/H200, over 369.3 GFLOP an image forward and backward (docs/arch
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -36,6 +37,9 @@ LACKING = [
     "einops",
     "submitit",
     "cloudpickle",
+    "pyarrow",
+    "isal",
+    "simplejpeg",
 ]
 CEILING_TFLOPS = 790.0
 
@@ -74,6 +78,8 @@ def cases(tiny: bool) -> list[dict[str, Any]]:
     ]
     rows += [{"zero": 2, "compile": c, "batch": 256, "source": "memory"} for c in (True, False)]
     rows += [{"zero": 1, "compile": True, "batch": 256, "source": "shards"}]
+    if importlib.util.find_spec("torchcodec"):
+        rows += [{"zero": 1, "compile": True, "batch": 256, "source": "shards, decoded on the GPU"}]
     return rows
 
 
@@ -103,8 +109,7 @@ def measure(case: dict[str, Any], shards: Path, tiny: bool, seconds: float) -> d
     from torch.nn import functional as F
 
     from vitdist import config, dist, model, optim
-    from vitdist.data import loader, transforms
-    from vitdist.data.index import Index
+    from vitdist.data import device_decode, loader, transforms
     from vitdist.engine import Engine
 
     shape = (
@@ -115,7 +120,11 @@ def measure(case: dict[str, Any], shards: Path, tiny: bool, seconds: float) -> d
     settings = config.parse(
         config.Config,
         {
-            "data": {"train": str(shards / "train"), "val": str(shards / "val")},
+            "data": {
+                "train": str(shards / "train"),
+                "val": str(shards / "val"),
+                "decode": "gpu" if "decoded" in case["source"] else "cpu",
+            },
             "model": {"image_size": 32 if tiny else 224, "scratch": shape},
             "train": {"micro_batch": case["batch"], "steps": 10_000},
             "optim": {"lr": 3e-4, "warmup": 0.001},
@@ -130,8 +139,8 @@ def measure(case: dict[str, Any], shards: Path, tiny: bool, seconds: float) -> d
         groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
         flops = model.flops_per_image(net)
         engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
-        train_set = Index.open(settings.data.train)
-        stream = loader.train_batches(train_set, settings, batch, me.rank, 0, me.local_world)
+        training = loader.open_training(settings, batch.global_batch)
+        stream = training.batches(batch, me.rank, 0, me.local_world)
         fixed = next(stream)
         engine.train()
         losses: list[float] = []
@@ -143,7 +152,10 @@ def measure(case: dict[str, Any], shards: Path, tiny: bool, seconds: float) -> d
             micro = fixed if case["source"] == "memory" else next(stream)
             waited += time.monotonic() - asked
             engine.set_lr(optim.schedule(engine.steps - engine.skipped, 10_000, settings.optim))
-            images = micro.images.to(me.device, non_blocking=True)
+            if micro.encoded:
+                images = device_decode.pixels(micro.encoded, micro.images, me.device, settings.model.image_size)
+            else:
+                images = micro.images.to(me.device, non_blocking=True)
             labels = micro.labels.to(me.device, non_blocking=True)
             x = transforms.normalise(images, settings.data.mean, settings.data.std, engine.dtype)
             loss = F.cross_entropy(engine.forward(x).float(), labels)

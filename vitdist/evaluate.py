@@ -82,14 +82,14 @@ def figures(confusion: np.ndarray, loss_sum: float, top5_hits: int) -> dict[str,
 def evaluate(
     forward: Callable[[torch.Tensor], torch.Tensor],
     batches: "Iterable[MicroBatch]",
-    prepare: Callable[[torch.Tensor], torch.Tensor],
+    prepare: "Callable[[MicroBatch], torch.Tensor]",
     classes: int,
     samples: int,
     me: Processes,
 ) -> Evaluation:
     """Run `forward` (normalised images -> logits [B, classes]) over this rank's batches; all ranks call it.
 
-    `prepare` takes uint8 images [B, 3, S, S] to the model's input. Samples that cannot be read are left out and
+    `prepare` takes a batch to the model's input [B, 3, S, S]. Samples that cannot be read are left out and
     counted as `unreadable`. Raises AssertionError unless all other of `samples` were counted exactly once.
     """
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
@@ -97,7 +97,7 @@ def evaluate(
     seen: list[np.ndarray] = []
     unread: list[Bad] = []
     for batch in batches:
-        logits = forward(prepare(batch.images)).float().cpu()
+        logits = forward(prepare(batch)).float().cpu()
         kept = batch.mask
         unread += batch.bad
         logits, labels = logits[kept], batch.labels[kept]

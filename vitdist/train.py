@@ -85,14 +85,16 @@ class Session:
     identity: "Identity"
     meter: "Meter"
 
-    def prepare(self, images: "Tensor") -> "Tensor":
-        """uint8 images [B, 3, S, S] as the model's normalised input on the device."""
-        from vitdist.data import transforms
+    def prepare(self, batch: "MicroBatch") -> "Tensor":
+        """The pictures of a batch as the model's normalised input [B, 3, S, S] on the device."""
+        from vitdist.data import device_decode, transforms
 
-        data = self.settings.data
-        return transforms.normalise(
-            images.to(self.me.device, non_blocking=True), data.mean, data.std, self.engine.dtype
-        )
+        data, device = self.settings.data, self.me.device
+        if batch.encoded:
+            images = device_decode.pixels(batch.encoded, batch.images, device, batch.images.shape[-1])
+        else:
+            images = batch.images.to(device, non_blocking=True)
+        return transforms.normalise(images, data.mean, data.std, self.engine.dtype)
 
 
 def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, stopping: StopRequest) -> int:
@@ -183,9 +185,11 @@ def _assemble(
 
 def _open_data(settings: Config, batch: Batch) -> "tuple[Training, Index]":
     """The training and the validation set. Raises ValueError for what cannot be trained on."""
-    from vitdist.data import loader
+    from vitdist.data import device_decode, loader
     from vitdist.data.index import Index
 
+    if settings.data.decode == "gpu":
+        device_decode.check()
     val_set = Index.open(settings.data.val, loader.cache(settings.data))
     if settings.data.stream:
         from vitdist.data import stream  # webdataset costs 0.6 s to import
@@ -278,7 +282,7 @@ def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken) -> "Ten
         asked = time.monotonic()
         micro = next(batches)
         s.meter.waited(time.monotonic() - asked)
-        images, target = s.prepare(micro.images), micro.labels.to(s.me.device, non_blocking=True)
+        images, target = s.prepare(micro), micro.labels.to(s.me.device, non_blocking=True)
         slots = rank_slots(step, part, s.me.rank, s.batch)
         plan = augment.plan(data, s.settings.train.seed, step, slots, s.batch.global_batch, images.shape[-1])
         if plan:

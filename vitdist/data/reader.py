@@ -18,7 +18,8 @@ import torch
 from isal.isal_zlib import crc32
 
 from vitdist.config import Data
-from vitdist.data import storage, transforms
+from vitdist.data import device_decode, storage, transforms
+from vitdist.data.device_decode import Encoded, Jpeg
 from vitdist.data.index import IMAGES, LABEL, Index
 
 PADDING = -1
@@ -56,6 +57,8 @@ class MicroBatch(NamedTuple):
     """bool [B], False for padding and for samples that are broken in evaluation."""
     bad: list[Bad]
     """Broken samples that this batch met."""
+    encoded: Encoded | None = None
+    """JPEGs that the device is to decode into their slots of `images` (data.decode=gpu)."""
 
 
 class Samples(torch.utils.data.Dataset):
@@ -69,6 +72,7 @@ class Samples(torch.utils.data.Dataset):
         remote = any(storage.is_remote(place.url) for place in index.places)
         self._gap, self._largest = (_REMOTE_GAP, _REMOTE_LARGEST) if remote else (_GAP, _LARGEST)
         self._buffer = bytearray()
+        self._on_device = training and settings.decode == "gpu"
 
     def __len__(self) -> int:
         return len(self.index)
@@ -82,6 +86,7 @@ class Samples(torch.utils.data.Dataset):
         ids = np.full(len(wanted), PADDING, np.int64)
         labels = np.zeros(len(wanted), np.int64)
         bad: list[Bad] = []
+        files: list[Jpeg | None] = [None] * len(wanted)
         slots = [(slot, epoch, row) for slot, (epoch, row) in enumerate(wanted) if row != PADDING]
         for attempt in range(_ATTEMPTS):
             broken = []
@@ -91,8 +96,12 @@ class Samples(torch.utils.data.Dataset):
                 if isinstance(pixels, Bad):
                     bad.append(pixels)
                     broken.append((slot, epoch, self._replacement(epoch, row, attempt)))
+                    continue
+                if isinstance(pixels, Jpeg):
+                    files[slot] = pixels
                 else:
-                    images[slot], ids[slot], labels[slot] = pixels, row, self.index.labels[row]
+                    images[slot] = pixels
+                ids[slot], labels[slot] = row, self.index.labels[row]
             slots = broken if self.training else []
             if not slots:
                 break
@@ -101,7 +110,8 @@ class Samples(torch.utils.data.Dataset):
             raise ValueError(f"{_ATTEMPTS} samples in a row are broken: {last.key} of {last.shard} is {last.detail}")
         bad.sort()  # they came in the order of the shards; of a replacement's replacement too
         ids_ = torch.from_numpy(ids)
-        return MicroBatch(images, torch.from_numpy(labels), ids_, ids_ != PADDING, bad)
+        encoded = device_decode.pack(files) if self._on_device else None
+        return MicroBatch(images, torch.from_numpy(labels), ids_, ids_ != PADDING, bad, encoded)
 
     def _replacement(self, epoch: int, row: int, attempt: int) -> int:
         """Another row of the same class: class shares stay what they are."""
@@ -112,12 +122,14 @@ class Samples(torch.utils.data.Dataset):
                 break
         return other
 
-    def _pixels(self, epoch: int, row: int, payload: memoryview) -> torch.Tensor | Bad:
+    def _pixels(self, epoch: int, row: int, payload: memoryview) -> torch.Tensor | Jpeg | Bad:
         try:
             if not self.training:
                 return transforms.evaluation_pixels(payload, self.settings, self.size)
             # By sample, not by slot or process: the same pixels whoever decodes. 1: not a seed of augment.py.
             rng = np.random.default_rng([self.seed, epoch, row, 1])
+            if self._on_device and (file := device_decode.jpeg(payload, self.settings, rng)):
+                return file
             return transforms.training_pixels(payload, self.settings, self.size, rng)
         except Exception as error:
             return self._bad(row, "undecodable", f"not decodable ({type(error).__name__}: {error})")

@@ -82,7 +82,7 @@ def cut(payload: bytes | memoryview, crop: Crop, size: int) -> torch.Tensor:
 
     Raises whatever PIL does for a broken file (OSError, ValueError, SyntaxError and more).
     """
-    if bytes(payload[:3]) == _JPEG:
+    if is_jpeg(payload):
         try:
             pixels = _cut_jpeg(payload, crop, size)
         except ValueError:  # libjpeg-turbo warns; PIL decides whether that is serious
@@ -92,7 +92,11 @@ def cut(payload: bytes | memoryview, crop: Crop, size: int) -> torch.Tensor:
     return torch.from_numpy(np.array(_cut_any(payload, crop, size))).permute(2, 0, 1)
 
 
-_JPEG = b"\xff\xd8\xff"
+def is_jpeg(payload: bytes | memoryview) -> bool:
+    """By its content."""
+    return bytes(payload[:3]) == b"\xff\xd8\xff"
+
+
 _COARSE = 64
 """Pixels of the short side below which a box of whole pixels is too coarse."""
 
@@ -102,7 +106,7 @@ def _cut_jpeg(payload: bytes | memoryview, crop: Crop, size: int) -> torch.Tenso
     stored_height, stored_width, colours, _ = simplejpeg.decode_jpeg_header(payload)
     if colours in ("CMYK", "YCCK") or min(stored_height, stored_width) < _COARSE:
         return None
-    orientation = _jpeg_orientation(payload)
+    orientation = jpeg_orientation(payload)
     turned = orientation in _SIDEWAYS
     width, height = (stored_height, stored_width) if turned else (stored_width, stored_height)
     box = crop(width, height)
@@ -115,19 +119,20 @@ def _cut_jpeg(payload: bytes | memoryview, crop: Crop, size: int) -> torch.Tenso
     if orientation in _UPRIGHT:
         pixels = np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
-    left, right = _whole(box[0] * across, box[2] * across, pixels.shape[1])
-    top, bottom = _whole(box[1] * down, box[3] * down, pixels.shape[0])
+    left, right = whole(box[0] * across, box[2] * across, pixels.shape[1])
+    top, bottom = whole(box[1] * down, box[3] * down, pixels.shape[0])
     region = torch.from_numpy(pixels)[top:bottom, left:right].permute(2, 0, 1)
     return F.interpolate(region[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
-def _whole(start: float, stop: float, limit: int) -> tuple[int, int]:
+def whole(start: float, stop: float, limit: int) -> tuple[int, int]:
     """The nearest whole pixels, at least one, within [0, limit)."""
     first = min(round(start), limit - 1)
     return first, max(first + 1, min(round(stop), limit))
 
 
-def _jpeg_orientation(payload: bytes | memoryview) -> int | None:
+def jpeg_orientation(payload: bytes | memoryview) -> int | None:
+    """That of its EXIF, None if it has none."""
     # Reading EXIF costs PIL 60 us: only where the marker is there at all. It lies within the first segments.
     if b"Exif\0\0" not in bytes(payload[:4096]):
         return None
@@ -160,10 +165,16 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def training_draw(settings: Data, rng: np.random.Generator) -> tuple[Crop, bool]:
+    """How a sample is cropped, and whether it is flipped. All randomness comes from `rng`, the crop's too."""
+    flipped = bool(rng.random() < settings.flip)
+    return training_crop(settings, rng), flipped
+
+
 def training_pixels(payload: bytes | memoryview, settings: Data, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """Randomly cropped and flipped, uint8 [3, size, size]. All randomness comes from `rng`."""
-    flipped = rng.random() < settings.flip
-    pixels = cut(payload, training_crop(settings, rng), size)
+    """Randomly cropped and flipped, uint8 [3, size, size]."""
+    crop, flipped = training_draw(settings, rng)
+    pixels = cut(payload, crop, size)
     return pixels.flip(-1) if flipped else pixels
 
 
