@@ -29,6 +29,11 @@ def test_from_pictures_to_shards_and_a_new_index(tmp_path: Path, capsys: pytest.
         (["sync", "nowhere"], "nowhere is no run folder"),
         (["pack", "nowhere", "out"], "nowhere"),
         (["index", "nowhere"], "nowhere"),
+        (["verify", "nowhere"], "nowhere"),
+        (["stats", "nowhere"], "nowhere"),
+        (["ls", "nowhere"], "nowhere"),
+        (["cat", "nowhere", "x"], "nowhere"),
+        (["reshard", "nowhere", "out"], "nowhere"),
         (["index", ".", "--classes", "none.txt"], "none.txt"),
     ],
 )
@@ -57,5 +62,5 @@ def test_a_run_with_nothing_to_upload_says_so(tmp_path: Path, capsys: pytest.Cap
 def test_help_is_told_without_torch() -> None:
     code = "import sys; from vitdist import cli\ntry: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for name in ("pack", "index", "digits", "report", "sync"):
+    for name in ("pack", "index", "verify", "stats", "ls", "cat", "reshard", "digits", "report", "sync"):
         assert f"\n    {name} " in done.stdout

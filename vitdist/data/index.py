@@ -55,7 +55,6 @@ COLUMNS = {
 }
 """Numbers of index.arrow; beside them `key` and, where shards have it, `group`, as text."""
 
-end_with_parent = parallel.end_with_parent
 _INTEGER = re.compile(r"\s*[-+]?[0-9]+\s*")
 
 

@@ -24,8 +24,10 @@ _done: Synchronized
 
 
 def advance(number: int = 1) -> None:
-    """In `work` of `each`: count `number` units as done."""
+    """In `work` of `each`: count `number` units as done. Raises KeyboardInterrupt once the parent gives up."""
     with _done.get_lock():
+        if _done.value < 0:
+            raise KeyboardInterrupt
         _done.value += number
 
 
@@ -58,6 +60,9 @@ def each(
                 show(len(futures) - len(waiting) if total is None else done.value)
                 for future in finished:
                     future.result()
+    except BaseException:
+        done.value = -(1 << 62)  # those at work end at their next `advance` instead of finishing a shard
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     return [future.result() for future in futures]
