@@ -72,6 +72,21 @@ def read(folder: Path) -> Iterator[int]:
         yield len(ids)
 
 
+def first_batch(folder: Path) -> dict[str, float]:
+    """Milliseconds from opening the set to its first batch, at the start of an epoch and at 90 % of one."""
+    config, batch = settings(folder), Batch(global_batch=BATCH, micro_batch=BATCH, accumulation=1, world=1)
+    steps = loader.open_training(config, BATCH).samples // BATCH
+    times: dict[str, list[float]] = {"at 0 %": [], "at 90 %": []}
+    for _ in range(9):
+        for kept, start in zip(times.values(), (0, round(0.9 * steps)), strict=True):
+            began = time.process_time()
+            batches = loader.open_training(config, BATCH).batches(batch, 0, start, 1)
+            next(batches)
+            kept.append(1000 * (time.process_time() - began))
+            batches.close()
+    return {name: round(float(np.median(kept)), 1) for name, kept in times.items()}
+
+
 def parts(folder: Path) -> dict[str, float]:
     """Microseconds of one picture's parts, each measured alone: where the time goes."""
     import simplejpeg
@@ -193,6 +208,7 @@ def main() -> None:
             "images_per_cpu_second": {name: round(value, 1) for name, value in medians.items()},
             "all_rounds": {name: [round(v, 1) for v in values] for name, values in speeds.items()},
             "ratios": {name: round(value, 3) for name, value in ratios.items()},
+            "first_batch_ms": first_batch(folder),
             "microseconds_a_picture": {name: round(value, 1) for name, value in parts(folder).items()},
         },
     )

@@ -247,6 +247,26 @@ def break_shards(place: Path, how: str) -> None:
         (train / "index.json").write_text('{"samples": 0, "classes": []}')
     elif how == "classes":
         (val / "index.json").write_text(json.dumps({"samples": 9, "classes": ["cat", "bird"]}))
+    elif how == "single":
+        for folder in (train, val):
+            (folder / "index.json").write_text(json.dumps({"samples": 9, "classes": ["cat"]}))
+
+
+def test_several_sets_shares_and_places_out_of_reach(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each set is looked at; what lies behind a URL or elsewhere on the nodes is not."""
+    common = ("--config", "tiny.yaml", "--name", "x", "--dry-run", "--cluster", "local")
+    for override, said in (
+        ("data.train={shards/train: 3, shards/none: 1}", "data.train: .*/shards/none: no such folder"),
+        ("data.class_shares={bird: 2}", "data.class_shares: there is no class 'bird'; there are: cat, dog"),
+        ("data.train=https://host/shards/train", ""),
+        ("data.class_shares={dog: 2}", ""),
+    ):
+        _, _, err = in_process(capsys, *common, override)
+        assert re.search(said, err) if said else "error" not in err, err
+    record = {"samples": 9, "classes": ["cat", "dog"], "base": "https://host/shards"}
+    (place / "shards/train/000.tar").unlink()
+    (place / "shards/train/index.json").write_text(json.dumps(record))
+    assert "error" not in in_process(capsys, *common)[2]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +281,7 @@ def break_shards(place: Path, how: str) -> None:
             "classes",
             r"data.train and data.val differ in the classes bird, dog: pack both with one `vitdist pack FOLDER OUT`",
         ),
+        ("single", r"a single class, 'cat': there is nothing to tell apart"),
     ],
 )
 def test_shards_are_looked_at(how: str, said: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ vitdist cat shards/train 000000042.cls                # another member than the 
 
 import difflib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from vitdist.data.index import IMAGES, SOURCE, Index
 def rows(opened: Index, name: str | None = None, paths: bool = True) -> Iterator[dict[str, Any]]:
     """What `vitdist ls` tells of each sample, of the class `name` alone if given. Raises ValueError.
 
-    `paths`: the path each picture was packed from, which lies in the shards: 8,000 samples/s with, 60,000 without.
+    `paths`: the path each picture was packed from, which lies in the shards: 12,000 samples/s with, 100,000 without.
     """
     if name is not None and name not in opened.classes:
         raise ValueError(f"{opened.folder}: no class {name!r}{_close(name, opened.classes)}")
@@ -52,15 +51,10 @@ def _source(opened: Index, row: int) -> str:
 
 
 def ls(folder: str | Path, *, name: str | None = None, paths: bool = True, as_json: bool = False) -> None:
-    """Print a line for each sample. Where its reader goes (`| head`), it ends without a word."""
-    opened = Index.open(folder)
-    try:
-        for told in rows(opened, name, paths):
-            print(json.dumps(told, ensure_ascii=False) if as_json else line(told))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more at its end, into the same broken pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print a line for each sample."""
+    for told in rows(Index.open(folder), name, paths):
+        print(json.dumps(told, ensure_ascii=False) if as_json else line(told))
+    sys.stdout.flush()
 
 
 def line(told: dict[str, Any]) -> str:

@@ -100,16 +100,17 @@ class Index:
     _table: "pyarrow.Table"
 
     @classmethod
-    def open(cls, folder: str | Path, cache: Cache | None = None) -> "Index":
+    def open(cls, folder: str | Path, cache: Cache | None = None, check: bool = True) -> "Index":
         """Open a folder or URL. Raises ValueError, in one line with the way out, for whatever is not as indexed.
 
-        Shards are looked at where that costs little, in a local folder: there, sizes and names must fit.
+        Shards are looked at where that costs little, in a local folder: there, sizes and names must fit, unless
+        `check` is off and only the index itself matters.
         """
         record = read_record(folder)
         shards = [Shard(**shard) for shard in record["shards"]]
         base = record.get("base") or str(folder)
         places = [Place(_join(base, shard.name), shard.bytes, shard.sha256) for shard in shards]
-        if not storage.is_remote(base):
+        if check and not storage.is_remote(base):
             _check_files(Path(folder), Path(base), shards)
         starts = np.concatenate([[0], np.cumsum([shard.samples for shard in shards])])
         table = _open_table(str(folder), record, int(starts[-1]))
@@ -566,6 +567,10 @@ def _shard_names(shards: str) -> tuple[str, list[str]]:
             raise ValueError(f"{shards}: no *.tar to index; to make them run: vitdist pack PICTURES OUT")
         return shards, [path.name for path in found]
     expanded = list(braceexpand(shards))
+    if storage.is_remote(shards) and not all(place.endswith(".tar") for place in expanded):
+        raise ValueError(
+            f"{shards}: what lies there cannot be listed: name the shards, {shards}/part-{{0000..0099}}.tar"
+        )
     if not all(place.endswith(".tar") for place in expanded):
         raise ValueError(f"{shards}: no such folder, and no names of shards such as part-{{0000..0099}}.tar")
     bases = {place.rpartition("/")[0] or "." for place in expanded}

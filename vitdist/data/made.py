@@ -11,11 +11,10 @@ read once from front to back and yet shuffled, and little is in memory. The pric
 second time while `vitdist pack` runs.
 """
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,24 +117,6 @@ def original(root: Path, picture: Picture) -> bytes:
     return content
 
 
-@contextlib.contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that is at `path` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from None  # `write` does not say where
-        raise
-    rundir.sync_folder(path.parent)
-
-
 def _name(number: int) -> str:
     return f"{number:06d}"
 
@@ -172,7 +153,7 @@ def _make(batch: _Batch) -> list[str]:
     faults, rows = [], []
     contents = _in_rows(batch) if batch.table else _in_files(batch)
     try:
-        with appearing(batch.path) as file:
+        with rundir.appearing(batch.path) as file:
             for where, content in contents:
                 try:
                     if isinstance(content, ValueError):
@@ -187,7 +168,7 @@ def _make(batch: _Batch) -> list[str]:
                 raise NotPictures
     except NotPictures:
         return faults
-    with appearing(_rows(batch.path)) as file:
+    with rundir.appearing(_rows(batch.path)) as file:
         np.save(file, np.array(rows, _ROW))
     return []
 

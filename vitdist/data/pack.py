@@ -392,7 +392,7 @@ def _write_shard(shard: _Shard) -> Scan | list[str]:
         return index.scan(shard.path)
     faults = []
     try:
-        with made.appearing(shard.path) as file:
+        with rundir.appearing(shard.path) as file:
             # mtime=0 writes no PAX headers: reproducible, and 1.5 times faster to read.
             writer = TarWriter(file, user="vitdist", group="vitdist", mode=0o444, encoder=False, mtime=0)
             for number, picture in enumerate(shard.pictures, shard.first):

@@ -258,25 +258,12 @@ def write_shard(path: Path, spans: Callable[[], Iterable[bytes]]) -> tuple[int, 
 
     A shard that an interrupted command left there whole is not written again, only hashed: its spans are the same.
     """
-    there = path.exists()
-    temporary = Path(os.devnull) if there else path.with_name(f".{path.name}.{os.getpid()}")
     whole, size = hashlib.sha256(), 0
-    try:
-        with open(temporary, "wb") as file:
-            for content in _ended(spans()):
-                file.write(content)
-                whole.update(content)
-                size += len(content)
-            if not there:
-                file.flush()
-                os.fsync(file.fileno())
-        if not there:
-            os.replace(temporary, path)
-            rundir.sync_folder(path.parent)
-    except BaseException:
-        if not there:
-            temporary.unlink(missing_ok=True)
-        raise
+    with open(os.devnull, "wb") if path.exists() else rundir.appearing(path) as file:
+        for content in _ended(spans()):
+            file.write(content)
+            whole.update(content)
+            size += len(content)
     return size, whole.hexdigest()
 
 

@@ -31,7 +31,7 @@ from isal.isal_zlib import crc32
 from PIL import Image
 
 from vitdist.data import index, parallel, reshard, storage, tar
-from vitdist.data.index import COLUMNS, LABEL, Index, Shard
+from vitdist.data.index import LABEL, Index, Shard
 from vitdist.data.storage import Place, Storage
 from vitdist.data.tar import Part
 
@@ -97,20 +97,6 @@ def fault(picture: bytes) -> tuple[str, str]:
 
 
 # ---- a set with an index ----------------------------------------------------------------------------
-
-
-def opened(folder: str | Path) -> Index:
-    """`Index.open`, whatever has become of the shards. Raises ValueError if the index itself is damaged."""
-    record = index.read_record(folder)
-    shards = [Shard(**shard) for shard in record["shards"]]
-    base = record.get("base") or str(folder)
-    places = [Place(index._join(base, shard.name), shard.bytes, shard.sha256) for shard in shards]
-    starts = np.concatenate([[0], np.cumsum([shard.samples for shard in shards])])
-    table = index._open_table(str(folder), record, int(starts[-1]))
-    columns = {name: table.column(name).chunk(0).to_numpy(zero_copy_only=True) for name in COLUMNS}
-    return Index(
-        str(folder), record["classes"], shards, places, record["counts"], record["digest"], columns, starts, None, table
-    )
 
 
 _set: Index
@@ -408,7 +394,7 @@ def verify(
         work = partial(_check_unindexed, label, decode, _usual(paths))
         found = parallel.each(work, paths, "verifying", workers=workers, progress=progress)
         return Result(str(folder), False, found, {})
-    _set = opened(folder)
+    _set = Index.open(folder, check=False)
     work_on = partial(_check, decode)
     numbers = range(len(_set.shards))
     found = parallel.each(
@@ -447,7 +433,7 @@ def repair(
 
 
 def _repair_indexed(result: Result, out: Path, label: str, workers: int | None, progress: bool) -> None:
-    source = opened(result.folder)
+    source = Index.open(result.folder, check=False)
     places = [place._replace(url=result.elsewhere.get(k, place.url)) for k, place in enumerate(source.places)]
     source = replace(source, places=places)
     plans = []

@@ -65,7 +65,7 @@ def test_ls_lists_broken_samples_too(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_ls_ends_with_its_reader(tmp_path: Path) -> None:
     folder = put_set(tmp_path / "set", 3000)  # more than a pipe holds
-    code = f"from vitdist.data import browse; browse.ls({str(folder)!r})"
+    code = f"from vitdist import cli; raise SystemExit(cli.main(['ls', {str(folder)!r}]))"
     command = f'"{sys.executable}" -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -323,5 +323,7 @@ def test_shards_and_index_behind_a_url(tmp_path: Path) -> None:
     assert there.image(5) == picture(2)
     with pytest.raises(ValueError, match="say with --out in which folder"):
         build("memory://set/{0..1}.tar")
+    with pytest.raises(ValueError, match="cannot be listed: name the shards"):
+        build("memory://set", out=tmp_path / "index")
     with pytest.raises(ValueError, match=r"memory://nothing/index.json: not there"):
         Index.open("memory://nothing")

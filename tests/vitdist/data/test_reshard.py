@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitdist import rundir
 from vitdist.data import reshard as module
 from vitdist.data.index import Index, build
 from vitdist.data.reshard import reshard, shuffled
@@ -167,7 +168,7 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "open", lambda path, mode: Full(), raising=False)
+        patch.setattr(rundir, "open", lambda path, mode: Full(), raising=False)
         with pytest.raises(ValueError, match="out: the disk is full"):
             again([source], tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar*"))
