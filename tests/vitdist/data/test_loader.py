@@ -16,12 +16,12 @@ from vitdist.data.order import of_sets
 from vitdist.data.pack import pack
 from vitdist.data.storage import Storage
 
-GLOBAL = 12
+GLOBAL = 24
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """50 samples: steps of 12 straddle the epochs."""
+    """50 samples: steps of 24 straddle the epochs."""
     folder = tmp_path_factory.mktemp("loader")
     for i in range(50):
         path = folder / "pictures" / f"c{i % 3}" / f"{i}.jpg"
@@ -81,6 +81,7 @@ def straight(index: Index) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (4, 3, 2, 7),
         (2, 1, 1, 4),
         (6, 1, 3, 0),
+        (8, 3, 1, 2),
         (3, 1, 1, 5),
     ],
 )
@@ -96,7 +97,7 @@ def test_stream_is_that_of_the_order(index: Index, straight: tuple[torch.Tensor,
     _, labels, ids = straight
     order = of_sets([index.labels], [1.0], None, 0, index.digest, GLOBAL)
     assert ids.tolist() == [int(i) for step in range(10) for i in order.batch(step)[1]]
-    assert sorted(np.bincount(ids).tolist()) == [2] * 30 + [3] * 20  # two epochs and 20 samples of the third
+    assert sorted(np.bincount(ids).tolist()) == [4] * 10 + [5] * 40  # four epochs and 40 samples of the fifth
     assert labels.tolist() == index.labels[ids.numpy()].tolist()
 
 
@@ -133,7 +134,7 @@ def test_what_a_checkpoint_must_fit(index: Index, other: Index) -> None:
     identities = [open_training(settings(index, **change), GLOBAL).identity for change in changes]
     assert len(set(identities)) == 4
     assert open_training(settings(index, 3, flip=0.0), GLOBAL).identity == identities[0]
-    firsts = {open_training(settings(index), total).first_batch for total in (GLOBAL, 24)}
+    firsts = {open_training(settings(index), total).first_batch for total in (GLOBAL, 48)}
     assert len(firsts) == 2
 
 
