@@ -148,6 +148,7 @@ class Storage:
         for place in places:
             _refuse_pipe(place.url)
         self.places, self.cache = places, cache
+        self._on_disk = [cache is None and not is_remote(place.url) for place in places]
         # Opened on first use. A forked process may inherit open shards: pread has no position to share.
         self._open = functools.lru_cache(_OPEN_SHARDS)(_open_file)
 
@@ -167,13 +168,15 @@ class Storage:
 
     def read_into(self, shard: int, offset: int, view: memoryview) -> None:
         """`read` into memory of the caller's: a local file saves a copy and the memory for it."""
-        place, done = self.places[shard], 0
-        if self.cache is None and not is_remote(place.url) and offset >= 0:
-            with contextlib.suppress(OSError):
-                handle = self._open(place.url).fileno()
-                while done < len(view) and (more := os.preadv(handle, [view[done:]], offset + done)):
+        done = 0
+        if self._on_disk[shard] and offset >= 0:
+            try:
+                handle = self._open(self.places[shard].url).fileno()
+                while done < len(view) and (more := os.preadv(handle, [view[done:] if done else view], offset + done)):
                     done += more
-        if done < len(view):  # not from here, or not whole: `read` gets it, or says why not
+            except OSError:
+                done = 0
+        if done < len(view):  # from elsewhere, or not whole: `read` gets it, or says why not
             view[:] = self.read(shard, offset, len(view))
 
     def expect(self, shard: int, offset: int, size: int) -> None:
