@@ -34,6 +34,11 @@ TORCH_FREE = [
     "vitdist.data.index",
     "vitdist.data.order",
     "vitdist.data.storage",
+    "vitdist.data.verify",
+    "vitdist.data.stats",
+    "vitdist.data.reshard",
+    "vitdist.data.browse",
+    "vitdist.data.sources",
 ]
 
 

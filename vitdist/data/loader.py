@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vitdist import stop
 from vitdist.config import Batch, Config, Data
@@ -142,10 +142,14 @@ def evaluation_batches(
 
 
 def _loader(samples: Samples, wanted: Iterable[Wanted], workers: int) -> DataLoader[MicroBatch]:
+    return in_processes(samples, workers, batch_sampler=wanted)
+
+
+def in_processes(samples: Dataset, workers: int, **more: Any) -> DataLoader[MicroBatch]:
+    """A DataLoader of whole micro-batches, with `workers` processes of its own."""
     return DataLoader(
         samples,
-        batch_sampler=wanted,
-        collate_fn=as_it_is,
+        collate_fn=_as_it_is,
         num_workers=workers,
         # Spawned processes would import torch again, 2.6 s of CPU each. The children never touch CUDA.
         multiprocessing_context="fork" if workers else None,
@@ -154,10 +158,11 @@ def _loader(samples: Samples, wanted: Iterable[Wanted], workers: int) -> DataLoa
         pin_memory=torch.cuda.is_available(),
         # Without one of its own a DataLoader draws from torch's global generator, and so changes dropout.
         generator=torch.Generator(),
+        **more,
     )
 
 
-def as_it_is(batch: MicroBatch) -> MicroBatch:
+def _as_it_is(batch: MicroBatch) -> MicroBatch:
     return batch
 
 

@@ -27,7 +27,20 @@ _QUALITY = 95
 _FULL_CHROMA = 0  # PIL's number for 4:4:4
 # zlib's level is part of what the bytes depend on.
 _PNG_LEVEL = 6
-_ORIENTATION = 0x0112  # EXIF tag
+ORIENTATION = 0x0112
+"""EXIF tag."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations in which width and height change places."""
 _LARGEST_GREY = 2**16 - 1
 
 
@@ -102,7 +115,7 @@ def _jpeg(image: Image.Image, recipe: Recipe) -> bytes:
     if scale < 1:
         image.draft(None, (2 * width, 2 * height))
     image.load()
-    orientation = image.getexif().get(_ORIENTATION, 1)
+    orientation = image.getexif().get(ORIENTATION, 1)
     image = _eight_bits(_storable(image))
     if scale < 1:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -116,7 +129,7 @@ def _jpeg(image: Image.Image, recipe: Recipe) -> bytes:
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     if orientation == 1:
         return image
-    image.getexif()[_ORIENTATION] = orientation  # conversions drop it
+    image.getexif()[ORIENTATION] = orientation  # conversions drop it
     return ImageOps.exif_transpose(image)
 
 

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 import webdataset
 from braceexpand import braceexpand
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from vitdist import stop
 from vitdist.config import Batch, Config
 from vitdist.data import transforms
 from vitdist.data.index import IMAGES
-from vitdist.data.loader import Training, as_it_is, closing, worker_count
+from vitdist.data.loader import Training, closing, in_processes, worker_count
 from vitdist.data.reader import Bad, MicroBatch
 
 LOST = (
@@ -57,18 +56,7 @@ def open_stream(config: Config, classes: list[str], world: int) -> Training:
         workers = min(worker_count(config, local_world), len(shards) // batch.world)
         # A pass is numbered by its first step: a resumed run deals its shards anew.
         samples = _Stream(config, shards, classes, batch, rank, start_step)
-        return closing(
-            DataLoader(
-                samples,
-                batch_size=None,
-                collate_fn=as_it_is,
-                num_workers=workers,
-                multiprocessing_context="fork" if workers else None,
-                worker_init_fn=_in_worker,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),
-            )
-        )
+        return closing(in_processes(samples, workers, batch_size=None))
 
     return Training(
         samples=config.data.stream_samples,
@@ -92,11 +80,6 @@ def _shards(pattern: str) -> list[str]:
     if not all(shards):
         raise ValueError("data.train=stream: names no shards; write stream:URL-{0000..0099}.tar")
     return shards
-
-
-def _in_worker(number: int) -> None:
-    stop.ignore_in_child()
-    torch.set_num_threads(1)
 
 
 class _Stream(IterableDataset):

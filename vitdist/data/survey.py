@@ -25,6 +25,7 @@ from PIL import Image
 from vitdist.data import duplicates, parallel
 from vitdist.data.duplicates import SIDE
 from vitdist.data.index import Index
+from vitdist.data.recode import ORIENTATION, SIDEWAYS, UPRIGHT
 
 SAMPLES = 2000
 """Pictures that mean and standard deviation are measured on: over these, 1/255 or better."""
@@ -33,16 +34,6 @@ _ROWS = 500  # of one task: small enough for a bar that moves
 _COLOUR_SIDE = 256  # mean and deviation are measured at: what a network sees, and not the noise of 12 megapixels
 _LEVELS = np.arange(256) / 255
 
-_ORIENTATION = 0x0112  # EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 Record = dict[str, Any]
 
@@ -199,7 +190,7 @@ def opened(picture: bytes, side: int) -> Opened:
         warnings.simplefilter("ignore")  # palettes with transparency, large pictures: `vitdist verify` tells
         file = Image.open(io.BytesIO(picture))
         width, height = file.size
-        turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 1))
+        turn = UPRIGHT.get(file.getexif().get(ORIENTATION, 1))
         pixels = file
         if file.format == "JPEG" and file.mode in ("L", "RGB"):
             with contextlib.suppress(ValueError):  # PIL reads what libjpeg only warns of
@@ -209,7 +200,7 @@ def opened(picture: bytes, side: int) -> Opened:
         pixels = pixels.convert("RGBA").convert("RGB") if pixels.mode == "P" else pixels.convert("RGB")
         if turn is not None:
             pixels = pixels.transpose(turn)
-            if turn in (_UPRIGHT[5], _UPRIGHT[6], _UPRIGHT[7], _UPRIGHT[8]):
+            if turn in map(UPRIGHT.get, SIDEWAYS):
                 width, height = height, width
         return Opened(pixels, width, height, file.format or "")
 

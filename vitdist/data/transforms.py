@@ -24,25 +24,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vitdist.config import Data
+from vitdist.data.recode import ORIENTATION, SIDEWAYS, UPRIGHT
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the upright picture."""
 
 Crop = Callable[[int, int], Box]
 """The box to cut out of a picture of that width and height."""
-
-_ORIENTATION = 0x0112  # EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes each EXIF orientation."""
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 def training_crop(settings: Data, rng: np.random.Generator) -> Crop:
@@ -107,7 +95,7 @@ def _cut_jpeg(payload: bytes | memoryview, crop: Crop, size: int) -> torch.Tenso
     if colours in ("CMYK", "YCCK") or min(stored_height, stored_width) < _COARSE:
         return None
     orientation = jpeg_orientation(payload)
-    turned = orientation in _SIDEWAYS
+    turned = orientation in SIDEWAYS
     width, height = (stored_height, stored_width) if turned else (stored_width, stored_height)
     box = crop(width, height)
     surplus = int(min(box[2] - box[0], box[3] - box[1]) / size)
@@ -116,8 +104,8 @@ def _cut_jpeg(payload: bytes | memoryview, crop: Crop, size: int) -> torch.Tenso
     else:
         least = {}
     pixels = simplejpeg.decode_jpeg(payload, "RGB", **least)
-    if orientation in _UPRIGHT:
-        pixels = np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
+    if orientation in UPRIGHT:
+        pixels = np.array(Image.fromarray(pixels).transpose(UPRIGHT[orientation]))
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
     left, right = whole(box[0] * across, box[2] * across, pixels.shape[1])
     top, bottom = whole(box[1] * down, box[3] * down, pixels.shape[0])
@@ -136,21 +124,21 @@ def jpeg_orientation(payload: bytes | memoryview) -> int | None:
     # Reading EXIF costs PIL 60 us: only where the marker is there at all. It lies within the first segments.
     if b"Exif\0\0" not in bytes(payload[:4096]):
         return None
-    return Image.open(io.BytesIO(payload)).getexif().get(_ORIENTATION)
+    return Image.open(io.BytesIO(payload)).getexif().get(ORIENTATION)
 
 
 def _cut_any(payload: bytes | memoryview, crop: Crop, size: int) -> Image.Image:
     """`cut` through PIL."""
     image = Image.open(io.BytesIO(payload))
-    orientation = image.getexif().get(_ORIENTATION)
-    width, height = reversed(image.size) if orientation in _SIDEWAYS else image.size
+    orientation = image.getexif().get(ORIENTATION)
+    width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
     box = crop(width, height)
     # The decoder may drop resolution as long as the box keeps `size` pixels. Only JPEG can; others ignore it.
     surplus = int(min(box[2] - box[0], box[3] - box[1]) / size)
     if surplus >= 2:
         image.draft(None, (image.width // surplus, image.height // surplus))
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
     across, down = image.width / width, image.height / height
     left, top, right, bottom = box[0] * across, box[1] * down, box[2] * across, box[3] * down
     inside = (left, top, min(right, image.width), min(bottom, image.height))  # rounding may pass the edge
