@@ -45,6 +45,7 @@ def shards(settings: Config) -> list[Finding]:
     """
     found: list[Finding] = []
     classes: dict[str, list[str]] = {}
+    digests: dict[str, str] = {}
     wanted = [] if settings.data.stream else [("train", place) for place in settings.data.train_sets]
     for name, place in [*wanted, ("val", settings.data.val)]:
         if "://" in place:
@@ -58,6 +59,9 @@ def shards(settings: Config) -> list[Finding]:
             found.append(Finding("refuse", empty))
         else:
             classes[place] = record.get("classes", [])
+            digests.setdefault(record.get("digest", place), name)
+            if name == "val" and digests[record.get("digest", place)] == "train":
+                found.append(Finding("warn", "data.val is among data.train: the validation samples are trained on too"))
     return found + _same_classes(settings, classes)
 
 
@@ -104,6 +108,11 @@ def _index(folder: Path) -> tuple[dict[str, Any], str]:
         return {}, f"{folder}: holds no shards (*.tar); {hint}"
     if not record:
         return {}, f"{folder}: its shards have no index; run: vitdist index {folder}"
+    for shard in [] if record.get("base") else record.get("shards", []):
+        path = folder / str(shard.get("name"))
+        if not path.is_file() or path.stat().st_size != shard.get("bytes"):
+            what = "is missing" if not path.is_file() else "is not as long as indexed"
+            return {}, f"{path} {what}: bring it back, or save what is whole: vitdist verify {folder} --repair OUT"
     return record, ""
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _TAG = "state"
 
 
+_SAID = {"data": "the digest of the training data (data.train with its shares)"}
+
+
 class NoCheckpoint(ValueError):
     """Checkpoints exist but none can be resumed; the text names each with its reason."""
 
@@ -53,7 +56,8 @@ class Identity:
     def first_difference(self, saved: dict[str, Any]) -> str | None:
         for name, mine in asdict(self).items():
             if saved.get(name) != mine:
-                return f"{name} was {saved.get(name)!r}, now {mine!r}"
+                before, now = (str(value)[:12] if name == "data" else repr(value) for value in (saved.get(name), mine))
+                return f"{_SAID.get(name, name)} was {before}, now {now}"
         return None
 
 

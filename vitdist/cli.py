@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from vitdist import rundir
@@ -26,7 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough (`| head`); Python would flush into it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"error: {named}", file=sys.stderr)
+        return rundir.EXIT_REFUSED
+    except BrokenProcessPool:
+        print("error: a process was killed, most often for want of memory: try fewer --workers", file=sys.stderr)
+        return rundir.EXIT_REFUSED
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return rundir.EXIT_REFUSED
     except KeyboardInterrupt:
@@ -63,8 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--label-column", help="column of a table with the class, if its name does not tell")
     pack.add_argument("--split-column", help="column with train, val or test; 'none' ignores it")
     pack.add_argument("--classes", help="class names in the order of their numbers: a file with one a line")
-    pack.add_argument("--shard-megabytes", type=float, default=256.0, help="largest size of a shard (default 256)")
-    pack.add_argument("--workers", type=int, help="processes (default: one a core); the bytes do not depend on it")
+    pack.add_argument("--shard-megabytes", type=_megabytes, default=256.0, help="largest size of a shard (default 256)")
+    pack.add_argument(
+        "--workers", type=_positive, help="processes (default: one a core); the bytes do not depend on it"
+    )
     pack.set_defaults(run=_pack)
 
     index = commands.add_parser("index", help="index tar shards that others made")
@@ -78,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--classes", help="class names in the order of their numbers: a file with one a line, or another indexed folder"
     )
     index.add_argument("--out", help="folder for the index, if not beside the shards; must be given for URLs")
-    index.add_argument("--workers", type=int, help="processes (default: one a core)")
+    index.add_argument("--workers", type=_positive, help="processes (default: one a core)")
     index.set_defaults(run=_index)
 
     verify = commands.add_parser("verify", help="are the shards what they were? names every broken sample")
@@ -87,15 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--label", default="cls", help="for tars without an index: cls, txt or json:FIELD")
     verify.add_argument("--repair", metavar="OUT", help="write whole shards without the broken samples into OUT")
     verify.add_argument("--json", action="store_true", help="the findings as JSON")
-    verify.add_argument("--workers", type=int, help="processes (default: one a core)")
+    verify.add_argument("--workers", type=_positive, help="processes (default: one a core)")
     verify.set_defaults(run=_verify)
 
     stats = commands.add_parser("stats", help="classes, sizes, colours, copies and groups across splits; a page of it")
     stats.add_argument("folder", nargs="+", help="sets such as shards/train shards/val, or the folder of them")
-    stats.add_argument("--samples", type=int, default=2000, help="pictures that mean and std are taken of")
+    stats.add_argument("--samples", type=_positive, default=2000, help="pictures that mean and std are taken of")
     stats.add_argument("--out", help="FILE.html (default: stats.html beside the sets), or the chart as .svg or .png")
     stats.add_argument("--json", metavar="FILE", help="all of it, every pair of copies too")
-    stats.add_argument("--workers", type=int, help="processes (default: one a core)")
+    stats.add_argument("--workers", type=_positive, help="processes (default: one a core)")
     stats.set_defaults(run=_stats)
 
     ls = commands.add_parser("ls", help="a line for each sample: key, class, bytes, shard, group, path")
@@ -116,12 +126,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     reshard.add_argument("source", nargs="+", help="indexed sets with the same classes")
     reshard.add_argument("out", help="folder for the new set")
-    reshard.add_argument("--shard-megabytes", type=float, default=256.0, help="largest size of a shard (default 256)")
+    reshard.add_argument(
+        "--shard-megabytes", type=_megabytes, default=256.0, help="largest size of a shard (default 256)"
+    )
     reshard.add_argument(
         "--shuffle", type=int, metavar="SEED", help="mix the samples, where shards are sorted by class"
     )
     reshard.add_argument("--drop-unused-members", action="store_true", help="keep picture, label, path and group alone")
-    reshard.add_argument("--workers", type=int, help="processes (default: one a core)")
+    reshard.add_argument("--workers", type=_positive, help="processes (default: one a core)")
     reshard.set_defaults(run=_reshard)
 
     digits = commands.add_parser("digits", help="write scikit-learn's scanned digits as an ImageFolder")
@@ -136,6 +148,22 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("folder", nargs="+", metavar="RUN")
     sync.set_defaults(run=_sync)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _megabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 1.1 <= size <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in megabytes, such as 256")
+    return size
 
 
 def _pack(args: argparse.Namespace) -> None:

@@ -70,7 +70,7 @@ class Data(Section):
     decode: Literal["cpu", "gpu"] = "cpu"
     """gpu: JPEGs are decoded and cropped on the GPU (torchcodec, nvJPEG); loader processes only read."""
     max_bad: Fraction = 0.001
-    """Share of unreadable samples in an epoch over which the run ends."""
+    """Share of the training samples that may be broken before the run ends; one always may, unless it is 0."""
     cache: str | None = None
     """Folder on a disk of the node that keeps what was read of remote (or slow) shards, for all ranks of the node."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
@@ -99,8 +99,6 @@ class Data(Section):
             raise ValueError("stream_samples: give it with train=stream:..., and only then")
         if self.stream and self.class_shares != "natural":
             raise ValueError("class_shares: a stream: has no index to choose by; index its shards with `vitdist index`")
-        if self.stream and "pipe:" in self.stream and not self.allow_pipe:
-            raise ValueError("train: pipe: runs a command on every node; allow it with data.allow_pipe=true")
         if not any(self.train_sets.values()):
             raise ValueError("train: one of the sets must have a share above 0")
         return self
@@ -396,7 +394,10 @@ def parse(kind: type[Settings], raw: Mapping[str, Any], source: str | Path) -> S
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        faults = dict.fromkeys(_fault(kind, e["loc"], e["msg"], e["type"], e.get("input")) for e in error.errors())
+        found = [(_fault(kind, e["loc"], e["msg"], e["type"], e.get("input")), e["type"]) for e in error.errors()]
+        # Where a setting may be of several types, the fault of the type that was meant is the one to tell.
+        meant = {fault.split(":")[0] for fault, code in found if not code.endswith("_type")}
+        faults = dict.fromkeys(f for f, code in found if not code.endswith("_type") or f.split(":")[0] not in meant)
         raise SettingsError(f"{source}: unusable settings\n" + "\n".join(f"  {fault}" for fault in faults)) from None
 
 
@@ -408,7 +409,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def with_absolute_paths(settings: Config) -> Config:
     """Local folders made absolute, so that a job that runs elsewhere finds them."""
     given = settings.data
-    train = given.train if given.stream else {_absolute(place): share for place, share in given.train_sets.items()}
+    train: Any = {_absolute(place): share for place, share in given.train_sets.items()}
+    if len(train) < len(given.train_sets):
+        raise SettingsError(f"data.train: one folder is named twice: {', '.join(given.train_sets)}")
+    if given.stream:
+        train = "stream:" + "::".join(_absolute_pattern(part) for part in given.stream.split("::"))
     data = given.model_copy(
         update={
             "train": next(iter(train)) if isinstance(given.train, str) and isinstance(train, dict) else train,
@@ -420,6 +425,11 @@ def with_absolute_paths(settings: Config) -> Config:
     if pretrained and (Path(pretrained).is_dir() or pretrained.startswith((".", "/", "~"))):
         model = model.model_copy(update={"pretrained": _absolute(pretrained)})
     return settings.model_copy(update={"data": data, "model": model})
+
+
+def _absolute_pattern(pattern: str) -> str:
+    """Of paths; a brace pattern that begins with a brace, a URL and a command stay as they are."""
+    return pattern if ":" in pattern or pattern.startswith(("/", "{")) else f"{Path.cwd()}/{pattern}"
 
 
 def _absolute(path: str) -> str:

@@ -55,12 +55,12 @@ class TrainingFailed(RuntimeError):
 class Broken:
     """Samples that could not be used in this attempt."""
 
-    begun: int
-    """The step at which the attempt began."""
     new: "list[Bad]" = field(default_factory=list)
     """Of this rank, since the last row of the log."""
-    total: int = 0
-    """Of all ranks, as are the next two."""
+    met: int = 0
+    """How often one came, over all ranks; the next three are of all ranks too."""
+    known: set[tuple[str, str]] = field(default_factory=set)
+    """Shard and key of each."""
     reasons: Counter[str] = field(default_factory=Counter)
     shards: Counter[str] = field(default_factory=Counter)
 
@@ -91,7 +91,15 @@ class Session:
 
         data, device = self.settings.data, self.me.device
         if batch.encoded:
-            images = device_decode.pixels(batch.encoded, batch.images, device, batch.images.shape[-1])
+            assert self.training.samples_of
+            samples = self.training.samples_of()
+
+            def instead(slot: int) -> "Tensor":
+                other = samples.on_the_cpu(int(batch.ids[slot]))
+                batch.bad.extend(other.bad)
+                return other.images[0]
+
+            images = device_decode.pixels(batch.encoded, batch.images, device, batch.images.shape[-1], instead)
         else:
             images = batch.images.to(device, non_blocking=True)
         return transforms.normalise(images, data.mean, data.std, self.engine.dtype)
@@ -110,6 +118,7 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
         with _only_writer(run, me.first), Journal(run, run.attempt(attempt), me.first) as journal:
             # data, model with a learning rate for each layer, DeepSpeed
             session, about = _assemble(run, attempt, settings, me, journal)
+            from vitdist.data.reader import DataFailed
             from vitdist.engine import Diverged
 
             # go on where an earlier attempt stopped
@@ -120,6 +129,8 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
             try:
                 reason = _loop(session, stopping)
                 summary = None if reason else _export(session, began)
+            except DataFailed as error:  # out of a loader process it comes with that one's traceback before it
+                raise TrainingFailed(str(error).strip().splitlines()[-1].split("DataFailed: ")[-1]) from None
             except Diverged as error:
                 raise TrainingFailed(f"{error} at step {session.engine.steps + 1}: {_REMEDY}") from None
             except ValueError as error:  # before the loop it is bad input, from there on a fault to be seen whole
@@ -201,7 +212,7 @@ def _open_data(settings: Config, batch: Batch) -> "tuple[Training, Index]":
         odd = sorted(set(training.classes) ^ set(val_set.classes)) or ["their order"]
         raise ValueError(
             f"data.train and data.val differ in classes ({', '.join(odd[:5])}): pack both with one `vitdist pack`, "
-            "or index both with one list (vitdist index --classes)"
+            "or with one list (--classes)"
         )
     if len(training.classes) < 2:
         raise ValueError(f"data.train: a single class, {training.classes[0]!r}: there is nothing to tell apart")
@@ -236,9 +247,8 @@ def _steps(
 ) -> str | None:
     """The loop itself."""
     settings, engine = s.settings, s.engine
-    begun = engine.steps
     losses: list[Tensor] = []
-    broken = Broken(begun)
+    broken = Broken()
     in_a_row = 0
     engine.train()
     while engine.steps < s.total:
@@ -318,21 +328,22 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
             "optim/grad_norm": engine.grad_norm,
             "optim/loss_scale": engine.loss_scale,
             "optim/skipped_steps": engine.skipped,
-            "data/bad_samples": broken.total,
+            "data/bad_samples": len(broken.known),
             **{f"data/bad_{reason}": number for reason, number in sorted(broken.reasons.items())},
             **s.meter.row(s.total - step),
         },
     )
     if not math.isfinite(loss):
         raise TrainingFailed(f"the loss is {loss} at step {step}: {_REMEDY}")
-    met = (step - broken.begun) * s.batch.global_batch
-    budget = max(1.0, s.settings.data.max_bad * max(s.training.samples, met))
-    if broken.total > budget:
+    # Counted are samples, not meetings: one that every epoch meets again is one.
+    max_bad = s.settings.data.max_bad
+    budget = max(1, math.floor(max_bad * s.training.samples)) if max_bad else 0
+    if len(broken.known) > budget:
         reasons = ", ".join(f"{number} {reason}" for reason, number in broken.reasons.most_common())
         shard, most = broken.shards.most_common(1)[0]
         raise TrainingFailed(
-            f"{broken.total} samples could not be used by step {step} ({reasons}; {most} in {shard}), more than "
-            f"data.max_bad {s.settings.data.max_bad} allows ({budget:.0f}): {s.run.bad_samples} names them; "
+            f"{len(broken.known)} samples could not be used by step {step} ({reasons}; {most} in {shard}), more than "
+            f"data.max_bad {max_bad} allows ({budget}): {s.run.bad_samples} names them; "
             "run `vitdist verify` on the shards, or raise data.max_bad"
         )
 
@@ -343,9 +354,11 @@ def _note_broken(s: Session, broken: Broken) -> None:
         return
     met = sorted(bad for rank in s.me.gather(broken.new) for bad in rank)
     s.journal.bad_samples(s.engine.steps, "train", met)
-    broken.total += len(met)
-    broken.reasons.update(bad.reason for bad in met)
-    broken.shards.update(bad.shard for bad in met)
+    broken.met += len(met)
+    new = {(bad.shard, bad.key): bad for bad in met if (bad.shard, bad.key) not in broken.known}
+    broken.known.update(new)
+    broken.reasons.update(bad.reason for bad in new.values())
+    broken.shards.update(bad.shard for bad in new.values())
     broken.new.clear()
 
 
@@ -399,7 +412,7 @@ def _on_every_rank(me: "Processes", work: Callable[[], Result]) -> Result:
     result, fault = None, None
     try:
         result = work()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fault = str(error)
     faults = {rank: text for rank, text in enumerate(me.gather(fault)) if text}
     if faults:
@@ -448,6 +461,8 @@ def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_ov
         from vitdist.data import stream
 
         s.journal.say(stream.LOST)
+    if s.val_set.digest in s.training.parts:
+        s.journal.say("warning: the validation samples are trained on too: data.val is among data.train")
     auto = " (auto)" if s.settings.engine.precision == "auto" else ""
     s.journal.say(
         f"{s.me.world} ranks on {device}, {s.engine.precision}{auto}, ZeRO-{s.settings.engine.zero}; global batch "

@@ -247,6 +247,9 @@ def break_shards(place: Path, how: str) -> None:
         (train / "index.json").write_text('{"samples": 0, "classes": []}')
     elif how == "classes":
         (val / "index.json").write_text(json.dumps({"samples": 9, "classes": ["cat", "bird"]}))
+    elif how == "cut":
+        shard = {"name": "000.tar", "bytes": 5}
+        (train / "index.json").write_text(json.dumps({"samples": 9, "classes": ["cat", "dog"], "shards": [shard]}))
     elif how == "single":
         for folder in (train, val):
             (folder / "index.json").write_text(json.dumps({"samples": 9, "classes": ["cat"]}))
@@ -260,6 +263,7 @@ def test_several_sets_shares_and_places_out_of_reach(place: Path, capsys: pytest
         ("data.class_shares={bird: 2}", "data.class_shares: there is no class 'bird'; there are: cat, dog"),
         ("data.train=https://host/shards/train", ""),
         ("data.class_shares={dog: 2}", ""),
+        ("data.val=shards/train", ""),
     ):
         _, _, err = in_process(capsys, *common, override)
         assert re.search(said, err) if said else "error" not in err, err
@@ -281,6 +285,7 @@ def test_several_sets_shares_and_places_out_of_reach(place: Path, capsys: pytest
             "classes",
             r"data.train and data.val differ in the classes bird, dog: pack both with one `vitdist pack FOLDER OUT`",
         ),
+        ("cut", r"000\.tar is not as long as indexed: bring it back, or save what is whole: vitdist verify"),
         ("single", r"a single class, 'cat': there is nothing to tell apart"),
     ],
 )

@@ -248,8 +248,13 @@ def test_bad_samples_are_replaced_listed_and_budgeted(tmp_path: Path, recipe: Pa
     assert {(bad["id"], bad["key"]) for bad in listed if bad["set"] == "val"} == {(5, val_set.key(5))}
     last = rundir.rows(run)[-1]
     assert "evaluated 20 of 21 validation samples, each once" in text
-    assert [row["data/bad_changed"] for row in rundir.rows(run) if "data/bad_changed" in row][-1] == 2
+    assert [row["data/bad_changed"] for row in rundir.rows(run) if "data/bad_changed" in row][-1] == 1
     assert last["val/unreadable"] == 1
+    # the same one again and again is one, which the default budget allows, and 0 does not
+    assert train(tmp_path, 1, str(recipe), "--name", "default", *places, "train.steps=20")[0] == {0}
+    assert train(tmp_path, 1, str(recipe), "--name", "none", *places, "data.max_bad=0")[0] == {
+        rundir.EXIT_DO_NOT_REQUEUE
+    }
     damage(tmp_path / "shards/train", list(range(10, 20)))
     codes, text = train(tmp_path, 2, str(recipe), "--name", "many", *places, "data.max_bad=0.05")
     assert codes == {rundir.EXIT_DO_NOT_REQUEUE}, text
@@ -263,7 +268,7 @@ def test_bad_samples_are_replaced_listed_and_budgeted(tmp_path: Path, recipe: Pa
     ("changed", "said"),
     [
         ("other", "the training shards of rank 1 ("),
-        ("gone", r"is missing: bring it back, or run: vitdist index"),
+        ("gone", r"is missing: bring it back, or save what is whole"),
     ],
 )
 def test_ranks_that_see_other_shards_end_at_once(
@@ -280,6 +285,13 @@ def test_ranks_that_see_other_shards_end_at_once(
     assert codes == {rundir.EXIT_REFUSED}, text
     assert re.search(re.escape(said) if "(" in said else said, text), text
     assert "Traceback" not in text
+
+
+def test_training_on_the_validation_set_is_told(tmp_path: Path, recipe: Path, squares: Path) -> None:
+    both = f"data.train={{{squares}/train: 1, {squares}/val: 1}}"
+    codes, text = train(tmp_path, 1, str(recipe), "--name", "x", both, "train.steps=2")
+    assert codes == {0}, text
+    assert "warning: the validation samples are trained on too" in text
 
 
 def test_a_stream_trains_and_says_what_is_lost(tmp_path: Path, recipe: Path, squares: Path) -> None:

@@ -60,9 +60,10 @@ def ls(folder: str | Path, *, name: str | None = None, paths: bool = True, as_js
 def line(told: dict[str, Any]) -> str:
     """Tab-separated: for cut, awk and sort."""
     cells = [told[name] for name in ("key", "class", "bytes", "shard")]
-    tame = str.maketrans("\t\n\r", "   ")
+    # A name may hold tabs, or codes that a terminal obeys.
     return "\t".join(
-        str(cell).translate(tame) for cell in [*cells, *(told[name] for name in ("group", "path") if name in told)]
+        "".join(c if c.isprintable() else " " for c in str(cell))
+        for cell in [*cells, *(told[name] for name in ("group", "path") if name in told)]
     )
 
 

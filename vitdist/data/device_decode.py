@@ -7,7 +7,7 @@ For nodes with few cores a GPU: decoding takes 75 % of a loader's time. What is 
 EXIF) is still decoded by the loader. Another decoder rounds otherwise: pixels differ a little from data.decode=cpu.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,10 +81,16 @@ def pack(slots: Sequence[Jpeg | None]) -> Encoded:
     )
 
 
-def pixels(encoded: Encoded, rest: torch.Tensor, device: torch.device, size: int) -> torch.Tensor:
+def pixels(
+    encoded: Encoded,
+    rest: torch.Tensor,
+    device: torch.device,
+    size: int,
+    instead: Callable[[int], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """uint8 [B, 3, size, size] on `device`; `rest`: [B, 3, size, size] with the pixels of samples of size 0.
 
-    Raises RuntimeError, from torchcodec, for a file that cannot be decoded: CRCs hold, so it was packed so.
+    `instead`: uint8 [3, size, size] for the slot of a file that this decoder cannot decode; without it RuntimeError.
     """
     from torchcodec.decoders import decode_jpeg
 
@@ -92,8 +98,24 @@ def pixels(encoded: Encoded, rest: torch.Tensor, device: torch.device, size: int
     here = torch.nonzero(encoded.sizes).flatten().tolist()
     files = [file for file in encoded.data.split(encoded.sizes.tolist()) if len(file)]
     boxes, flipped = encoded.boxes.tolist(), encoded.flipped.tolist()
-    decoded = decode_jpeg(files, mode="RGB", device=device) if files else []
+
+    def alone(file: torch.Tensor) -> torch.Tensor | None:
+        try:
+            return decode_jpeg(file, mode="RGB", device=device)
+        except RuntimeError:
+            if instead is None:
+                raise
+            return None
+
+    try:
+        decoded = decode_jpeg(files, mode="RGB", device=device) if files else []
+    except RuntimeError:  # of one file, it does not say which
+        decoded = [alone(file) for file in files]
     for slot, picture in zip(here, decoded, strict=True):
+        if picture is None:
+            assert instead
+            images[slot] = instead(slot).to(device)
+            continue
         left, top, right, bottom = boxes[slot]
         region = picture[None, :, top:bottom, left:right]
         if device.type == "cuda":  # the antialiasing kernel takes uint8 on CPUs only

@@ -67,6 +67,8 @@ def walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[os.DirEntry
         else:
             if entry.is_symlink():
                 refuse_dead_link(entry.path)
+            if not entry.is_file():  # to open a pipe waits for its other end
+                raise ValueError(f"{entry.path}: is no file but a pipe, socket or device: remove it")
             yield entry
 
 

@@ -14,6 +14,7 @@ pandas, polars and duckdb open index.arrow too. A header's checksum is verified 
 sample gets a CRC-32 of all its bytes, label included: what changes later is found when it is read.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -55,6 +56,8 @@ COLUMNS = {
 }
 """Numbers of index.arrow; beside them `key` and, where shards have it, `group`, as text."""
 
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_APART = "members of a sample must lie side by side: tar --sort=name"
 _INTEGER = re.compile(r"\s*[-+]?[0-9]+\s*")
 
 
@@ -91,7 +94,7 @@ class Index:
     counts: list[int]
     """Samples of each class."""
     digest: str
-    """SHA-256 over version, classes and shard hashes: the identity of the data set, wherever it lies."""
+    """SHA-256 over version, classes, shard hashes and labels: the identity of the data set, wherever it lies."""
     columns: dict[str, np.ndarray]
     """COLUMNS, each [samples], memory-mapped, read-only."""
     starts: np.ndarray
@@ -110,7 +113,9 @@ class Index:
         shards = [Shard(**shard) for shard in record["shards"]]
         base = record.get("base") or str(folder)
         places = [Place(_join(base, shard.name), shard.bytes, shard.sha256) for shard in shards]
-        if check and not storage.is_remote(base):
+        if check and storage.is_remote(base):
+            _check_server(places)
+        elif check:
             _check_files(Path(folder), Path(base), shards)
         starts = np.concatenate([[0], np.cumsum([shard.samples for shard in shards])])
         table = _open_table(str(folder), record, int(starts[-1]))
@@ -182,7 +187,7 @@ class Index:
     def summary(self) -> dict[str, Any]:
         """What logs and reports say of the data set."""
         return {
-            "folder": self.folder,
+            "folder": storage.shown(self.folder),
             "samples": len(self),
             "classes": len(self.classes),
             "shards": len(self.shards),
@@ -204,8 +209,8 @@ def join(parts: Sequence[Index]) -> Index:
         if other.classes != first.classes:
             odd = sorted(set(other.classes) ^ set(first.classes)) or ["their order"]
             raise ValueError(
-                f"{first.folder} and {other.folder} differ in classes ({', '.join(odd[:5])}): index both with "
-                f"the same list, such as: vitdist index {other.folder} --classes {first.folder}"
+                f"{first.folder} and {other.folder} differ in classes ({', '.join(odd[:5])}): "
+                "pack both with one list: vitdist pack ... --classes FILE"
             )
     keys = pyarrow.concat_tables([part._table.select(["key"]) for part in parts])
     return Index(
@@ -229,24 +234,29 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """What index.json of a folder or URL says. Raises ValueError with what to run if there is none to be had."""
     place = _join(str(folder), "index.json")
     remote = storage.is_remote(str(folder))
-    again = f"run: vitdist index {folder}" + (" --out FOLDER" if remote else "")
+    shown = storage.shown(str(folder))
+    again = f"run: vitdist index {shown}" + ("/part-{0000..0099}.tar --out FOLDER" if remote else "")
     try:
         text = storage.fetch(place) if remote else Path(place).read_bytes()
         record = json.loads(text)
-        if not isinstance(record, dict) or "digest" not in record:
+        if not isinstance(record, dict) or not {"version", "digest", "shards", "classes"} <= set(record):
             raise ValueError("written by another program")
     except FileNotFoundError:
         if remote:
-            raise ValueError(f"{place}: not there; to index shards that lie elsewhere, {again}") from None
+            raise ValueError(
+                f"{storage.shown(place)}: not there; to index shards that lie elsewhere, {again}"
+            ) from None
         raise ValueError(_what_is_there(Path(folder))) from None
     except (OSError, ValueError) as error:
         if not remote and not Path(folder).is_dir():
             raise ValueError(_what_is_there(Path(folder))) from None
-        raise ValueError(f"{place}: {error}; {again}") from None
+        if isinstance(error, OSError) and remote:  # names the place and the way out itself
+            raise ValueError(str(error)) from None
+        raise ValueError(f"{storage.shown(place)}: {error}; {again}") from None
     if record["version"] != VERSION:
         age = "a newer" if record["version"] > VERSION else "an older"
         raise ValueError(
-            f"{folder}: indexed by {age} vitdist (version {record['version']}, this one reads {VERSION}): {again}"
+            f"{shown}: indexed by {age} vitdist (version {record['version']}, this one reads {VERSION}): {again}"
         )
     return record
 
@@ -262,14 +272,26 @@ def _what_is_there(folder: Path) -> str:
     return f"{folder}: holds no tar shards: {hint}"
 
 
+def _check_server(places: list[Place]) -> None:
+    """One shard answers, in ranges, and is as long as indexed: what is wrong with one is wrong with most."""
+    try:
+        size = storage.size(places[0].url)
+    except OSError as error:
+        raise ValueError(str(error)) from None
+    if size != places[0].bytes:
+        shown = storage.shown(places[0].url)
+        raise ValueError(f"{shown} has {size:,} bytes, not the {places[0].bytes:,} indexed: index the shards again")
+
+
 def _check_files(folder: Path, base: Path, shards: list[Shard]) -> None:
     again = f"run: vitdist index {folder}"
+    mend = f"bring it back, or save what is whole: vitdist verify {folder} --repair OUT"
     for shard in shards:
         path = base / shard.name
         if not path.exists():
-            raise ValueError(f"{path} is missing: bring it back, or {again}")
+            raise ValueError(f"{path} is missing: {mend}")
         if (size := path.stat().st_size) != shard.bytes:
-            raise ValueError(f"{path} has {size:,} bytes, not the {shard.bytes:,} indexed: bring it back, or {again}")
+            raise ValueError(f"{path} has {size:,} bytes, not the {shard.bytes:,} indexed: {mend}")
     strange = sorted({path.name for path in tars(base)} - {shard.name for shard in shards})
     if strange and folder == base:
         raise ValueError(f"{base / strange[0]} is not in the index: take it away, or {again}")
@@ -318,6 +340,11 @@ def scan(path: Path, label: str = LABEL, name: str | None = None) -> Scan:
         source = tar.File(file.fileno())
         if source.length < 2 * tar.BLOCK:
             raise ValueError(f"{path}: {source.length} bytes are no tar: copy or pack the shard again")
+        for magic, kind in _PACKED.items():
+            if source.read(0, len(magic)) == magic:
+                raise ValueError(
+                    f"{path}: is compressed ({kind}), and samples inside cannot be reached: unpack it first"
+                )
         for parts in tar.samples(source, str(path)):
             row, by_extension = _row(parts, str(path))
             rows.append(row)
@@ -341,7 +368,7 @@ def _row(parts: list[Part], name: str) -> tuple[tuple[int, int, int, int], dict[
     if len(by_extension) < len(parts) or len(images) > 1:
         raise ValueError(f"{name}: sample {key!r} has more than one picture or the same member twice")
     if not images:
-        raise ValueError(f"{name}: sample {key!r} has no picture ({', '.join(IMAGES)})")
+        raise ValueError(f"{name}: sample {key!r} has no picture ({', '.join(IMAGES)}) beside it; {_APART}")
     if end - start >= 2**32:
         raise ValueError(f"{name}: sample {key!r} has 4 GiB and more of data")
     return (start, end - start, images[0].payload - start, images[0].size), by_extension
@@ -384,8 +411,8 @@ def _label(source: tar.File, parts: dict[str, Part], label: str, name: str, key:
     part = parts.get(extension)
     if part is None:
         there = [f"--label {e}" if e != "json" else "--label json:FIELD" for e in ("cls", "txt", "json") if e in parts]
-        hint = f"; it has others: {' or '.join(there)}" if there else ""
-        raise ValueError(f"{name}: sample {key!r} has no .{extension} member with its class{hint}")
+        hint = f"it has others: {' or '.join(there)}" if there else _APART
+        raise ValueError(f"{name}: sample {key!r} has no .{extension} member with its class beside it; {hint}")
     text = _text(source, part)
     if field:
         text = _json_field(text, field, f"{name}: sample {key!r}")
@@ -415,8 +442,14 @@ def _json_field(text: str, field: str, what: str) -> str:
 # ---- writing --------------------------------------------------------------------------------------
 
 
-def write(folder: Path, scans: Sequence[Scan], classes: Sequence[str] | None, base: str | None = None) -> None:
-    """Publish the index of `scans`; `base`: where the shards lie, if not in `folder`.
+def write(
+    folder: Path,
+    scans: Sequence[Scan],
+    classes: Sequence[str] | None,
+    base: str | None = None,
+    by_name: bool = False,
+) -> None:
+    """Publish the index of `scans`; `base`: where the shards lie, if not in `folder`; `by_name`: labels may be names.
 
     Raises ValueError if there is no sample, a label has no class, or one shard is there twice.
     """
@@ -425,11 +458,12 @@ def write(folder: Path, scans: Sequence[Scan], classes: Sequence[str] | None, ba
     if not scans:
         raise ValueError(f"{folder}: the shards hold no samples")
     _no_shard_twice(folder, scans)
-    names, labels = _classes(folder, scans, classes)
+    names, labels = _classes(folder, scans, classes, by_name)
     columns = {name: np.concatenate([s.columns[name] for s in scans]) for name in COLUMNS if name != "label"}
     columns["label"] = labels.astype(COLUMNS["label"])
     shards = [s.shard for s in scans]
-    identity = json.dumps([VERSION, names, [shard.sha256 for shard in shards]])
+    of_labels = hashlib.sha256(columns["label"].tobytes()).hexdigest()
+    identity = json.dumps([VERSION, names, [shard.sha256 for shard in shards], of_labels])
     digest = hashlib.sha256(identity.encode()).hexdigest()
     arrays = {name: pyarrow.array(columns[name]) for name in COLUMNS}
     arrays["key"] = _texts([key for s in scans for key in s.keys])
@@ -462,10 +496,13 @@ def _no_shard_twice(folder: Path, scans: Sequence[Scan]) -> None:
             raise ValueError(f"{folder}: {name} and {other} are the same shard: take one of them away")
 
 
-def _classes(folder: Path, scans: Sequence[Scan], classes: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
+def _classes(
+    folder: Path, scans: Sequence[Scan], classes: Sequence[str] | None, by_name: bool
+) -> tuple[list[str], np.ndarray]:
     """Class names, and the class number of each sample, int64."""
     texts = [text for s in scans for text in s.labels]
-    if not all(map(_INTEGER.fullmatch, texts)):
+    # Names may be digits too: 0, 2, 1 in a list means these, not places in it.
+    if not all(map(_INTEGER.fullmatch, texts)) or (by_name and classes is not None and set(texts) <= set(classes)):
         names = list(classes) if classes is not None else sorted(set(texts))
         number = {name: i for i, name in enumerate(names)}
         unknown = next((i for i, text in enumerate(texts) if text not in number), None)
@@ -474,6 +511,9 @@ def _classes(folder: Path, scans: Sequence[Scan], classes: Sequence[str] | None)
                 f"{_named(scans, unknown)} has label {texts[unknown]!r}, which is not among the {len(names)} classes"
             )
         return names, np.array([number[text] for text in texts], np.int64)
+    longest = max(range(len(texts)), key=lambda i: len(texts[i]))
+    if len(texts[longest].strip()) > 18:
+        raise ValueError(f"{_named(scans, longest)} has label {texts[longest]}, too high for the number of a class")
     labels = np.array([int(text) for text in texts], np.int64)
     if (lowest := int(labels.argmin())) >= 0 and labels[lowest] < 0:
         raise ValueError(f"{_named(scans, lowest)} has label {labels[lowest]}: classes are numbered from 0")
@@ -540,13 +580,19 @@ def build(
     folder = Path(out) if out else Path(base)
     if not out and storage.is_remote(base):
         raise ValueError(f"{shards}: say with --out in which folder the index of remote shards is to lie")
-    if classes is None and (folder / "classes.txt").exists():
-        classes = read_classes(folder / "classes.txt")
+    kept = read_classes(folder / "classes.txt") if (folder / "classes.txt").exists() else None
+    if label == LABEL and classes is not None and kept is not None and list(classes) != kept:
+        # Numbers of one list read by another are other classes, without a word.
+        raise ValueError(
+            f"{folder}: its labels are numbers of its own classes.txt ({', '.join(kept[:5])} ...), not of another "
+            "list: pack it again with that list, or delete classes.txt if only names are to change"
+        )
+    classes = kept if classes is None else classes
     parts = folder / ".index"
     (parts).mkdir(parents=True, exist_ok=True)
     work = partial(_scan_once, base, label, parts)
     scans = parallel.each(work, names, "indexing", workers=workers, progress=progress)
-    write(folder, scans, classes, None if folder == Path(base) else base)
+    write(folder, scans, classes, None if folder == Path(base) else base, by_name=label != LABEL)
 
 
 def read_classes(place: str | Path) -> list[str]:
@@ -564,15 +610,22 @@ def _shard_names(shards: str) -> tuple[str, list[str]]:
     if not storage.is_remote(shards) and Path(shards).is_dir():
         found = tars(Path(shards))
         if not found:
-            raise ValueError(f"{shards}: no *.tar to index; to make them run: vitdist pack PICTURES OUT")
+            raise ValueError(f"{_what_is_there(Path(shards))}")
         return shards, [path.name for path in found]
-    expanded = list(braceexpand(shards))
+    expanded = [
+        found
+        for part in braceexpand(shards)
+        for found in (sorted(glob.glob(part)) if "*" in part and not storage.is_remote(part) else [part])
+    ]
     if storage.is_remote(shards) and not all(place.endswith(".tar") for place in expanded):
         raise ValueError(
             f"{shards}: what lies there cannot be listed: name the shards, {shards}/part-{{0000..0099}}.tar"
         )
     if not all(place.endswith(".tar") for place in expanded):
         raise ValueError(f"{shards}: no such folder, and no names of shards such as part-{{0000..0099}}.tar")
+    absent = [place for place in expanded if not storage.is_remote(place) and not Path(place).is_file()]
+    if absent or not expanded:
+        raise ValueError(f"{absent[0] if absent else shards}: no such shard")
     bases = {place.rpartition("/")[0] or "." for place in expanded}
     if len(bases) > 1:
         raise ValueError(f"{shards}: the shards of one index lie in one folder, not in {len(bases)}: index each alone")

@@ -50,6 +50,8 @@ class Training:
     classes: list[str]
     summary: dict[str, Any]
     """What logs and reports say of it."""
+    parts: list[str]
+    """Digest of each of its sets."""
     identity: str
     """Hexadecimal: of the data, the shares and the order's version. A checkpoint of another one is refused."""
     first_batch: str
@@ -84,9 +86,10 @@ def open_training(config: Config, global_batch: int) -> Training:
         return closing(_loader(samples(), wanted, worker_count(config, local_world)))
 
     return Training(
-        samples=len(whole),
+        samples=order.stream.n,
         classes=whole.classes,
         summary=whole.summary() | ({} if shares is None else {"class_shares": shares}),
+        parts=[each.digest for each in sets],
         identity=hashlib.sha256(about.encode()).hexdigest(),
         first_batch=order_.order_hash(order),
         batches=batches,
@@ -102,8 +105,13 @@ def class_shares(wanted: str | dict[str, float], classes: list[str], counts: lis
     if wanted == "natural":
         return None
     if isinstance(wanted, str):
-        # The root to three digits: shares are kept exactly, and a short period keeps them within few steps.
-        return [round(math.sqrt(n), 3) if wanted == "sqrt" else float(n > 0) for n in counts]
+        if wanted == "balanced":
+            return [float(n > 0) for n in counts]
+        # Shares are kept exactly over a period of their sum, so the roots are rounded: to three digits, or as many
+        # as keep the period in 31 bits.
+        roots = [math.sqrt(n) for n in counts]
+        digits = max(0, min(3, int(math.log10(2**31 / (sum(roots) + len(roots))))))
+        return [round(root, digits) for root in roots]
     unknown = sorted(set(wanted) - set(classes))
     if unknown:
         raise ValueError(f"data.class_shares: there is no class {unknown[0]!r}; there are: {', '.join(classes[:20])}")

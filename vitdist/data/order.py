@@ -207,7 +207,7 @@ class Mixed:
     """Several streams, each in its share; the rows of stream i count from `offsets[i]`."""
 
     def __init__(self, streams: Sequence[Stream], shares: Sequence[Fraction], offsets: Sequence[int]) -> None:
-        self.n = sum(stream.n for stream in streams)
+        self.n = sum(stream.n for stream, share in zip(streams, shares, strict=True) if share)
         self._streams, self._offsets, self._deal = streams, offsets, Deal(shares)
 
     def ids(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

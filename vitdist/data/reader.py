@@ -35,6 +35,10 @@ _ADVISED = 4096
 """Chunks of which a process remembers that it has told the system to read them."""
 
 
+class DataFailed(RuntimeError):
+    """The data cannot be had: a server that does not answer, nothing but broken samples. In one line."""
+
+
 class Bad(NamedTuple):
     """A sample that could not be used."""
 
@@ -71,7 +75,8 @@ class Samples(torch.utils.data.Dataset):
         self._chunk, self._advised = chunk, dict[int, None]()
         remote = any(storage.is_remote(place.url) for place in index.places)
         self._gap, self._largest = (_REMOTE_GAP, _REMOTE_LARGEST) if remote else (_GAP, _LARGEST)
-        self._buffer = bytearray()
+        self._buffer, self._of_class = bytearray(), dict[int, np.ndarray]()
+        self._remote = remote
         self._on_device = training and settings.decode == "gpu"
 
     def __len__(self) -> int:
@@ -80,9 +85,9 @@ class Samples(torch.utils.data.Dataset):
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> MicroBatch:
         """The samples (epoch, row) in that order; row -1 gives a black, masked slot.
 
-        Raises ValueError if 100 replacements in a row are broken too.
+        Raises DataFailed if 100 replacements in a row are broken too, and for a server that does not answer.
         """
-        images = torch.zeros((len(wanted), 3, self.size, self.size), dtype=torch.uint8)
+        images = torch.empty((len(wanted), 3, self.size, self.size), dtype=torch.uint8)
         ids = np.full(len(wanted), PADDING, np.int64)
         labels = np.zeros(len(wanted), np.int64)
         bad: list[Bad] = []
@@ -107,20 +112,30 @@ class Samples(torch.utils.data.Dataset):
                 break
         else:
             last = bad[-1]
-            raise ValueError(f"{_ATTEMPTS} samples in a row are broken: {last.key} of {last.shard} is {last.detail}")
+            raise DataFailed(f"{_ATTEMPTS} samples in a row are broken: {last.key} of {last.shard} is {last.detail}")
+        images[torch.from_numpy(ids == PADDING)] = 0
         bad.sort()  # they came in the order of the shards; of a replacement's replacement too
         ids_ = torch.from_numpy(ids)
         encoded = device_decode.pack(files) if self._on_device else None
         return MicroBatch(images, torch.from_numpy(labels), ids_, ids_ != PADDING, bad, encoded)
 
+    def on_the_cpu(self, row: int) -> MicroBatch:
+        """A sample that the device could not decode, or its replacement, decoded here; epoch 0's crop."""
+        settings = self.settings.model_copy(update={"decode": "cpu"})
+        here = Samples(self.index, settings, self.size, self.seed, self.training)
+        return here.__getitems__([(0, row)])
+
     def _replacement(self, epoch: int, row: int, attempt: int) -> int:
-        """Another row of the same class: class shares stay what they are."""
-        for draw in range(10_000):
-            digest = hashlib.blake2b(f"{epoch} {row} {attempt} {draw}".encode(), digest_size=8).digest()
-            other = int.from_bytes(digest, "big") % len(self.index)
-            if self.index.labels[other] == self.index.labels[row] and other != row:
-                break
-        return other
+        """Another row of the same class, so that class shares stay what they are; of any, if it has no other."""
+        label = int(self.index.labels[row])
+        if label not in self._of_class:
+            self._of_class[label] = np.flatnonzero(self.index.labels == label)
+        rows: Sequence[int] | np.ndarray = self._of_class[label]
+        if len(rows) < 2:
+            rows = range(len(self.index))
+        digest = hashlib.blake2b(f"{epoch} {row} {attempt}".encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "big") % len(rows)
+        return int(rows[place] if rows[place] != row else rows[(place + 1) % len(rows)])
 
     def _pixels(self, epoch: int, row: int, payload: memoryview) -> torch.Tensor | Jpeg | Bad:
         try:
@@ -154,8 +169,12 @@ class Samples(torch.utils.data.Dataset):
             begin = offsets[group[0]]
             try:
                 data = self._read(shards[group[0]], begin, max(offsets[p] + sizes[p] for p in group) - begin)
-            except OSError:  # a whole group may fail for the sake of one member: each alone
-                data = memoryview(b"")
+            except OSError as error:
+                if self._remote and not isinstance(error, FileNotFoundError):
+                    # Tried for a minute already. To go on without these samples would take a minute for each, and
+                    # change what the model sees for the sake of a server's bad hour.
+                    raise DataFailed(str(error)) from None
+                data = memoryview(b"")  # a whole group may fail for the sake of one member: each alone
             for place in group:
                 span = data[offsets[place] - begin : offsets[place] - begin + sizes[place]]
                 if crc32(span) == checksums[place] and len(span) == sizes[place]:

@@ -165,6 +165,18 @@ def read_classes(path: str | Path) -> list[str]:
 # ---- labels, splits and groups --------------------------------------------------------------------
 
 
+def _doubtful(found: _Found, classes: list[str], pictures: int) -> None:
+    """Note what is no mistake by itself but often is one."""
+    by_folded: dict[str, list[str]] = {}
+    for name in classes:
+        by_folded.setdefault(name.casefold().strip(), []).append(name)
+    twins = next((names for names in by_folded.values() if len(names) > 1), None)
+    if twins:
+        found.notes.append(f"warning: the classes {' and '.join(map(repr, twins))} differ in their spelling alone")
+    if len(classes) > max(20, pictures / 2):
+        found.notes.append(f"warning: {len(classes):,} classes for {pictures:,} pictures: is this column the class?")
+
+
 def _number(found: _Found, given: list[str] | None) -> list[str]:
     """Class names; gives every picture its class number in their order."""
     train = found.parts["train"].pictures
@@ -188,6 +200,7 @@ def _number(found: _Found, given: list[str] | None) -> list[str]:
     else:
         classes = [name for name in found.known or sorted(trained) if name in trained]
         number = {name: i for i, name in enumerate(classes)}
+    _doubtful(found, classes, len(train))
     of_label = [number.get(text, -1) for text in texts]
     for split, part in found.parts.items():
         for at, picture in enumerate(part.pictures):
@@ -301,19 +314,28 @@ def _read_folder(found: _Found, options: Options, show: Show) -> None:
 def _given_splits(source: Path) -> dict[str, Path]:
     """Split -> folder if `source` is laid out as train/CLASS, val/CLASS; empty if its folders are classes."""
     folders = _folders(source)
-    others = {split: [name for name in _SPLITS[split] if name in folders] for split in ("val", "test")}
-    found = [name for names in others.values() for name in names]
-    if "train" not in folders or not _folders(source / "train") or not (found or folders == ["train"]):
+    named = {split: [name for name in folders if name.lower() in names] for split, names in _SPLITS.items()}
+    if not named["train"] or not _folders(source / named["train"][0]):
         return {}
-    for names in others.values():
+    others = [name for name in folders if _SPLIT_OF.get(name.lower()) is None]
+    classes = set(_folders(source / named["train"][0]))
+    odd = [name for name in others if (inside := _folders(source / name)) and set(inside) <= classes]
+    if odd:
+        raise ValueError(
+            f"{source}: {odd[0]}/ holds folders of the same names as {named['train'][0]}/: is it a split? Name it "
+            "train, val or test, or move it elsewhere"
+        )
+    if not (named["val"] or named["test"] or not others):
+        return {}
+    for names in named.values():
         if len(names) > 1:
             raise ValueError(f"{source}: both {names[0]}/ and {names[1]}/: leave one")
-    return {"train": source / "train", **{split: source / names[0] for split, names in others.items() if names}}
+    return {split: source / names[0] for split, names in named.items() if names}
 
 
 def _folders(folder: Path) -> list[str]:
-    """Raises ValueError for a link that leads nowhere: it may have been one."""
-    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    """Raises ValueError for a link that leads nowhere: it may have been one. __MACOSX: macOS, in its archives."""
+    inside = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
     for path in inside:
         refuse_dead_link(path)
     return [path.name for path in inside if path.is_dir()]
@@ -353,10 +375,22 @@ def _listings(folder: Path) -> list[_Listing]:
     for places in ([(None, folder)], [(None, folder / "data")], inside):
         files = [(split, file) for split, path in places for file in sorted(path.glob("*.parquet"))]
         if files:
+            _all_parts(files)
             return [
                 _Listing(split or _split_in(file.name), file.parent, tables.read_header(file)) for split, file in files
             ]
     return []
+
+
+def _all_parts(files: list[tuple[str | None, Path]]) -> None:
+    """train-00000-of-00004.parquet says how many belong to it. Raises ValueError for a part that is not there."""
+    for _, file in files:
+        match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)(\.parquet)", file.name)
+        for number in range(int(match[3]) if match else 0):
+            assert match
+            part = f"{match[1]}-{number:0{len(match[2])}}-of-{match[3]}{match[4]}"
+            if not (file.parent / part).exists():
+                raise ValueError(f"{file.parent / part}: this part of the data set is not there: bring it too")
 
 
 def _saved(split: str | None, folder: Path) -> list[_Listing]:

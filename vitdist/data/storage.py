@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Open shards of one Storage; a window of the order has up to 64, and 1024 is a common limit for all files.
-_OPEN_SHARDS = 128
+_OPEN_SHARDS = 512
 # Seconds between two tries, in sum a minute: a restart of a storage server or a throttled bucket passes in it.
 _PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _CONNECT_SECONDS, _SILENT_SECONDS, _LONGEST_RETRY_AFTER = 10, 60, 120
@@ -157,7 +157,7 @@ class Storage:
         place = self.places[shard]
         if offset < 0 or size < 0 or offset + size > place.bytes:
             raise OSError(
-                f"{_shown(place.url)}: bytes {offset:,} to {offset + size:,} asked for, it has {place.bytes:,}: "
+                f"{shown(place.url)}: bytes {offset:,} to {offset + size:,} asked for, it has {place.bytes:,}: "
                 "index the shards again"
             )
         if not size:
@@ -223,7 +223,7 @@ def _pread(handle: int, offset: int, size: int) -> bytes:
     return data
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A URL, or the text of an error with URLs in it, without passwords and signatures."""
     return _QUERY.sub("?...", _LOGIN.sub("", text))
 
@@ -399,7 +399,7 @@ class Cache:
 @functools.lru_cache(4096)
 def _digest(place: Place, block: int) -> str:
     """Name of a shard's blocks; with the URL as shown, since a signature is renewed every few hours."""
-    identity = f"1 {_shown(place.url)} {place.sha256} {place.bytes} {block}"
+    identity = f"1 {shown(place.url)} {place.sha256} {place.bytes} {block}"
     return hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=20).hexdigest()
 
 
@@ -493,12 +493,12 @@ def _patiently(url: str, once: Callable[[], T]) -> T:
         try:
             return once()
         except _Fleeting as fleeting:
-            reason, pause = _shown(str(fleeting)), fleeting.pause
+            reason, pause = shown(str(fleeting)), fleeting.pause
         tries += 1
         if tries > len(_PAUSES):
-            raise OSError(f"{_shown(url)}: {reason}, {tries} times: is it up, and does this node reach it?")
+            raise OSError(f"{shown(url)}: {reason}, {tries} times: is it up, and does this node reach it?")
         if tries == 4:
-            _tell_once("again", f"{_shown(url)}: {reason}, {tries} times; trying on for a minute")
+            _tell_once("again", f"{shown(url)}: {reason}, {tries} times; trying on for a minute")
         _sleep(max(_PAUSES[tries - 1] * _jitter.uniform(0.5, 1), pause))
 
 
@@ -527,7 +527,7 @@ def _answer(url: str, byte_range: str = "") -> "Iterator[urllib3.BaseHTTPRespons
     import urllib3
     from urllib3.exceptions import HTTPError, InvalidHeader, LocationValueError, MaxRetryError
 
-    shown = _shown(url)
+    told = shown(url)
     response = None
     try:
         parts = urllib3.util.parse_url(url)
@@ -543,16 +543,16 @@ def _answer(url: str, byte_range: str = "") -> "Iterator[urllib3.BaseHTTPRespons
                 pause = min(urllib3.Retry().get_retry_after(response) or 0.0, _LONGEST_RETRY_AFTER)
             raise _Fleeting(f"HTTP {status} {response.reason}", pause)
         if status in (404, 410):
-            raise FileNotFoundError(f"{shown}: not there (HTTP {status}): check the name")
+            raise FileNotFoundError(f"{told}: not there (HTTP {status}): check the name")
         if status in (401, 403):
             raise PermissionError(
-                f"{shown}: not allowed (HTTP {status}): check user and password, or ask for a new signed URL"
+                f"{told}: not allowed (HTTP {status}): check user and password, or ask for a new signed URL"
             )
         if status not in (200, 206, 416):
-            raise OSError(f"{shown}: HTTP {status} {response.reason}: open it with curl to see what the server says")
+            raise OSError(f"{told}: HTTP {status} {response.reason}: open it with curl to see what the server says")
         yield response
     except LocationValueError:
-        raise OSError(f"{shown}: no valid URL: write it as http(s)://host/path") from None
+        raise OSError(f"{told}: no valid URL: write it as http(s)://host/path") from None
     except HTTPError as error:
         reason = error.reason if isinstance(error, MaxRetryError) and error.reason else error
         raise _Fleeting(f"{reason}") from None
@@ -574,13 +574,13 @@ def _http_range(url: str, offset: int, size: int, total: int) -> bytes:
         with _answer(url, f"{offset}-{offset + size - 1}") as response:
             if response.status == 200:
                 raise OSError(
-                    f"{_shown(url)}: the server ignores ranges: copy the shards to a disk, "
+                    f"{shown(url)}: the server ignores ranges: copy the shards to a disk, "
                     "or serve them from one that has ranges (nginx, S3; not python -m http.server)"
                 )
             came = response.headers.get("Content-Range", "none").strip()
             if came not in (wanted, f"{wanted.partition('/')[0]}/*"):
                 raise OSError(
-                    f"{_shown(url)}: asked for {wanted}, the server has {came}: "
+                    f"{shown(url)}: asked for {wanted}, the server has {came}: "
                     "the shard was changed or cut: copy it again, or index it again"
                 )
             body = response.read(size, decode_content=False)
@@ -613,7 +613,7 @@ def _http_size(url: str) -> tuple[int, bool]:
             text = response.headers.get("Content-Range" if ranges else "Content-Length", "")
             total = text.rpartition("/")[2]
             if not total.isdecimal():
-                raise OSError(f"{_shown(url)}: the server does not tell its size: copy it to a disk")
+                raise OSError(f"{shown(url)}: the server does not tell its size: copy it to a disk")
             return int(total), ranges
 
     return _patiently(url, once)
@@ -626,7 +626,7 @@ def _through_fsspec(url: str, call: Callable[[Any, str], T]) -> T:
     """`call(file system, path)` with retries. fsspec keeps a file system for each process and thread by itself."""
     import fsspec
 
-    shown, scheme = _shown(url), _scheme(url)
+    told, scheme = shown(url), _scheme(url)
 
     def once() -> T:
         try:
@@ -634,17 +634,17 @@ def _through_fsspec(url: str, call: Callable[[Any, str], T]) -> T:
         except _Fleeting:
             raise
         except ImportError as error:
-            raise OSError(f"{shown}: pip install {_PACKAGES.get(scheme, 'its package')} ({error})") from None
+            raise OSError(f"{told}: pip install {_PACKAGES.get(scheme, 'its package')} ({error})") from None
         except FileNotFoundError:
-            raise FileNotFoundError(f"{shown}: not there: check the name, and the endpoint of {scheme}://") from None
+            raise FileNotFoundError(f"{told}: not there: check the name, and the endpoint of {scheme}://") from None
         except (PermissionError, IsADirectoryError, ValueError, TypeError, NotImplementedError) as error:
             kind = PermissionError if isinstance(error, PermissionError) else OSError
-            raise kind(f"{shown}: {_shown(str(error))}: check the URL and what you may read") from None
+            raise kind(f"{told}: {shown(str(error))}: check the URL and what you may read") from None
         except Exception as error:  # backends raise all sorts: aiohttp's, botocore's, their own
-            reason = f"{type(error).__name__}: {_shown(str(error))}"
+            reason = f"{type(error).__name__}: {shown(str(error))}"
             # Missing or expired ones do not come by waiting: NoCredentialsError, DefaultCredentialsError, ...
             if "Credential" in type(error).__name__:
-                raise PermissionError(f"{shown}: {reason}: set the credentials of {scheme}:// on this node") from None
+                raise PermissionError(f"{told}: {reason}: set the credentials of {scheme}:// on this node") from None
             raise _Fleeting(reason) from None
 
     return _patiently(url, once)
@@ -653,5 +653,5 @@ def _through_fsspec(url: str, call: Callable[[Any, str], T]) -> T:
 def _fsspec_size(url: str) -> int:
     found = _through_fsspec(url, lambda system, path: system.size(path))
     if found is None:
-        raise OSError(f"{_shown(url)}: its size is not told: copy it to a disk")
+        raise OSError(f"{shown(url)}: its size is not told: copy it to a disk")
     return int(found)

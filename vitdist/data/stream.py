@@ -13,7 +13,10 @@ import hashlib
 import itertools
 import json
 import random
+import re
+import tarfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +25,11 @@ import webdataset
 from braceexpand import braceexpand
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vitdist.config import Batch, Config
-from vitdist.data import transforms
+from vitdist.config import Batch, Config, Data
+from vitdist.data import storage, transforms
 from vitdist.data.index import IMAGES
 from vitdist.data.loader import Training, closing, in_processes, worker_count
-from vitdist.data.reader import Bad, MicroBatch
+from vitdist.data.reader import Bad, DataFailed, MicroBatch
 
 LOST = (
     "streaming without an index: the order depends on ranks and loader processes, a resume begins a new pass, "
@@ -43,7 +46,7 @@ def open_stream(config: Config, classes: list[str], world: int) -> Training:
     """
     assert config.data.stream
     assert config.data.stream_samples
-    shards = _shards(config.data.stream)
+    shards = _shards(config.data)
     if world > len(shards):
         raise ValueError(
             f"data.train: {len(shards)} shards cannot feed {world} ranks: each needs one of its own; "
@@ -62,12 +65,13 @@ def open_stream(config: Config, classes: list[str], world: int) -> Training:
         samples=config.data.stream_samples,
         classes=classes,
         summary={
-            "folder": config.data.stream,
+            "folder": storage.shown(config.data.stream),
             "samples": config.data.stream_samples,
             "classes": len(classes),
             "shards": len(shards),
             "digest": identity[:12],
         },
+        parts=[],
         identity=identity,
         first_batch="",
         batches=batches,
@@ -75,10 +79,18 @@ def open_stream(config: Config, classes: list[str], world: int) -> Training:
     )
 
 
-def _shards(pattern: str) -> list[str]:
-    shards = [shard for part in pattern.split("::") for shard in braceexpand(part)]
+def _shards(settings: Data) -> list[str]:
+    """The shards of the pattern. Raises ValueError for a file that is not there and a command that is not allowed."""
+    assert settings.stream
+    shards = [shard for part in settings.stream.split("::") for shard in braceexpand(part)]
     if not all(shards):
         raise ValueError("data.train=stream: names no shards; write stream:URL-{0000..0099}.tar")
+    for shard in shards:  # as webdataset will see them: a brace may hide a scheme
+        scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):", shard)
+        if scheme and scheme[1].lower() == "pipe" and not settings.allow_pipe:
+            raise ValueError("data.train: pipe: runs a command on every node; allow it with data.allow_pipe=true")
+        if not scheme and not Path(shard).is_file():
+            raise ValueError(f"data.train: {shard}: no such shard")
     return shards
 
 
@@ -113,11 +125,15 @@ class _Stream(IterableDataset):
                 webdataset.tarfile_to_samples(handler=webdataset.reraise_exception),
                 webdataset.shuffle(_BUFFER, rng=rng),
             )
-            for sample in pipeline:
-                seen += 1
-                yield sample
+            try:
+                for sample in pipeline:
+                    seen += 1
+                    yield sample
+            except (OSError, tarfile.TarError) as error:
+                first = str(error).partition("\n")[0]
+                raise DataFailed(f"data.train: a shard cannot be read: {storage.shown(first)}") from error
             if not seen:
-                raise ValueError(f"data.train: no samples in {', '.join(urls[:3])}: are they tar shards?")
+                raise DataFailed(f"data.train: no samples in {', '.join(urls[:3])}: are they tar shards?")
 
     def _batch(self, drawn: list[dict[str, Any]], more: Iterator[dict[str, Any]], rng: random.Random) -> MicroBatch:
         size, bad = self.config.model.image_size, list[Bad]()
@@ -133,10 +149,14 @@ class _Stream(IterableDataset):
                     break
                 except Exception as error:  # whatever a picture of unknown origin makes of a decoder
                     detail = f"not usable ({type(error).__name__}: {error})"
-                    bad.append(Bad(-1, str(sample.get("__url__")), str(sample["__key__"]), "undecodable", detail))
+                    bad.append(
+                        Bad(
+                            -1, storage.shown(str(sample.get("__url__"))), str(sample["__key__"]), "undecodable", detail
+                        )
+                    )
                     sample = next(more)
             else:
-                raise ValueError(
+                raise DataFailed(
                     f"100 samples in a row are broken: {bad[-1].key} of {bad[-1].shard} is {bad[-1].detail}"
                 )
         ids = torch.full((len(drawn),), -1)

@@ -11,7 +11,6 @@ import math
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from vitdist.data.reader import Samples
@@ -63,17 +62,21 @@ def check(samples: Samples, flops_per_image: float, device: torch.device, dtype:
 
 
 def decode_speed(samples: Samples, most: int = 64, seconds: float = 0.5) -> float:
-    """Pictures a second of CPU time, over up to `most` evenly spread samples."""
-    rows = np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(np.int64).tolist()
+    """Pictures a second of CPU time, over up to `most` neighbours, for `seconds` of the clock at most.
+
+    Neighbours: behind a cache, samples from all over would bring a block of 8 MiB each.
+    """
+    first = max(0, (len(samples) - most) // 2)
+    rows = range(first, min(first + most, len(samples)))
     samples.__getitems__([(0, rows[0])])  # opens files, warms caches
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        began, done = time.process_time(), 0
+        began, until, done = time.process_time(), time.monotonic() + seconds, 0
         for row in rows:
             samples.__getitems__([(0, row)])
             done += 1
-            if time.process_time() - began > seconds:
+            if time.monotonic() > until:
                 break
         return done / max(time.process_time() - began, 1e-6)
     finally:

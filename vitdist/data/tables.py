@@ -112,10 +112,14 @@ def picture_names(table: Table, column: str) -> list[str | None]:
 
 
 def _text(value: Any) -> str | None:
+    if isinstance(value, list | dict):
+        raise ValueError(
+            f"a cell holds {str(value)[:40]}, a list or record: a picture has one class, given as text or number"
+        )
     text = "" if value is None else str(value).strip()
     if _WHOLE.fullmatch(text):
         text = text[:-2]  # pandas turns whole numbers into floats where one is missing
-    return None if text.lower() in ("", "nan") else text
+    return None if text.lower() in ("", "nan", "none", "null", "<na>", "n/a") else text
 
 
 def _csv(path: Path, columns: list[str] | None = None) -> Any:

@@ -478,6 +478,8 @@ def run(
 
     A folder that holds splits stands for all of them, in `out` too.
     """
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is one shard: give the folder that it lies in, {Path(folder).parent}")
     inside: list[str | Path] = [] if storage.is_remote(str(folder)) else [*_splits(Path(folder))]
     results = []
     for part in inside or [folder]:
@@ -486,6 +488,8 @@ def run(
         if not as_json:
             print(text(result))
             _print_reasons(result)
+        if out and result.ok:
+            print(f"{part}: nothing to repair, it is not written again", file=sys.stderr)
         if out and not result.ok:
             said = repair(result, Path(out, Path(part).name) if inside else out, label=label, workers=workers)
             print(said, file=sys.stderr if as_json else sys.stdout)

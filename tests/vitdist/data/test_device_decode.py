@@ -70,8 +70,37 @@ def test_the_same_crops_in_nearly_the_same_pixels(index: Index) -> None:
     assert left_to_the_device[:16].tolist() == [True] * 13 + [False] * 3
     apart = (on_device(there).int() - here.images.int()).abs().flatten(1)
     assert apart[left_to_the_device].max() <= 24  # the other lets the decoder halve a large crop
-    assert apart[left_to_the_device].float().mean() < 1
+    assert apart[left_to_the_device].float().mean() < 2
     assert not apart[~left_to_the_device].any()
+
+
+def test_what_the_device_cannot_decode_is_replaced(tmp_path: Path) -> None:
+    """A JPEG without its quantisation tables passes the look at its header."""
+    for i in range(4):
+        content = bytearray(encoded(i, quality=95))
+        if i == 2:
+            table = content.index(b"\xff\xdb")
+            content[table : table + 2] = b"\xff\xfe"  # a comment from here on
+        path = tmp_path / "pictures" / f"c{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    pack(tmp_path / "pictures", tmp_path / "out", workers=1)
+    index = Index.open(tmp_path / "out/train")
+    rows = {index.source(i): i for i in range(4)}
+    samples = Samples(index, settings(index, "gpu"), SIZE, 0, training=True)
+    batch = samples.__getitems__([(0, rows["c0/2.jpg"]), (0, rows["c1/1.jpg"])])
+    assert batch.encoded
+    with pytest.raises(RuntimeError):
+        on_device(batch)
+
+    def instead(slot: int) -> torch.Tensor:
+        other = samples.on_the_cpu(int(batch.ids[slot]))
+        batch.bad.extend(other.bad)
+        return other.images[0]
+
+    images = device_decode.pixels(batch.encoded, batch.images, CPU, SIZE, instead)
+    assert [(bad.id, bad.reason) for bad in batch.bad] == [(rows["c0/2.jpg"], "undecodable")]
+    assert torch.equal(images[0], samples.on_the_cpu(rows["c0/0.jpg"]).images[0])
 
 
 def test_ranks_and_processes_change_nothing(index: Index) -> None:

@@ -119,7 +119,10 @@ def test_every_cut_is_found(tmp_path: Path) -> None:
         ([*samples(["a", "b"]), ("a.txt", b"")], "members of 'a' do not lie together"),
         ([("a.cls", b"1")], "sample 'a' has no picture"),
         ([("a.png", b"x")], r"sample 'a' has no \.cls"),
-        ([("a.png", b"x"), ("a.txt", b"cat")], r"has no \.cls member with its class; it has others: --label txt"),
+        (
+            [("a.png", b"x"), ("a.txt", b"cat")],
+            r"has no \.cls member with its class beside it; it has others: --label txt",
+        ),
         ([("a.png", b"x"), ("a.json", b"{}")], r"it has others: --label json:FIELD"),
         ([("a.png", b"x"), ("a.cls", b" ")], "the label of 'a' is empty"),
         ([("a.png", b"x"), ("a.cls", b"-1")], r"s\.tar: sample 'a' has label -1"),
@@ -149,6 +152,9 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
     assert (opened.classes, opened.digest) == (["x", "y", "Z"], digests[2])
     assert opened.shards[0].sha256 == hashlib.sha256((tmp_path / "three" / "s.tar").read_bytes()).hexdigest()
     assert json.dumps(opened.summary())
+    with pytest.raises(ValueError, match=r"numbers of its own classes.txt \(x, y, z \.\.\.\), not of another list"):
+        build(tmp_path / "one", ["z", "y", "x"])  # would make other classes of the same numbers, without a word
+    (tmp_path / "one/classes.txt").unlink()
     with pytest.raises(ValueError, match="label 2 has no name in a list of 2"):
         build(tmp_path / "one", ["x", "y"])
 
@@ -250,6 +256,42 @@ def test_labels_in_txt_and_json(tmp_path: Path) -> None:
     assert not (tmp_path / "index.json").exists()
 
 
+def test_other_labels_are_another_data_set(tmp_path: Path) -> None:
+    """The same bytes by another field, and names that are digits."""
+    about = [{"a": i % 2, "b": i // 2 % 2, "name": "021"[i % 3]} for i in range(6)]
+    write_tar(
+        tmp_path / "s.tar",
+        [m for i, a in enumerate(about) for m in ((f"{i}.png", picture(i)), (f"{i}.json", json.dumps(a).encode()))],
+    )
+    digests = set()
+    for field in ("a", "b"):
+        build(tmp_path, label=f"json:{field}")
+        digests.add(Index.open(tmp_path).digest)
+    assert len(digests) == 2
+    build(tmp_path, ["0", "2", "1"], label="json:name")
+    opened = Index.open(tmp_path)
+    assert [opened.classes[label] for label in opened.labels] == [a["name"] for a in about]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x1f\x8b" + bytes(2000), "is compressed \\(gzip\\)"),
+        (b"BZh" + bytes(2000), "is compressed \\(bzip2\\)"),
+    ],
+)
+def test_compressed_shards(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "s.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path)
+
+
+def test_members_apart_are_told_with_the_way_out(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", [("a.png", picture(0)), ("b.png", picture(1)), ("a.cls", b"0"), ("b.cls", b"1")])
+    with pytest.raises(ValueError, match="must lie side by side: tar --sort=name"):
+        build(tmp_path)
+
+
 def test_indexing_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", samples([name, name + name]))
@@ -288,6 +330,7 @@ def test_sets_are_joined(tmp_path: Path) -> None:
     assert [both.key(i) for i in range(7)] == parts[0].keys() + parts[1].keys()
     assert [both.image(i) for i in range(3, 7)] == [parts[1].image(i) for i in range(4)]
     assert both.digest not in (parts[0].digest, parts[1].digest, join(parts[::-1]).digest)
+    (tmp_path / "b/classes.txt").unlink()
     build(tmp_path / "b", ["x", "y", "Z"])
     with pytest.raises(ValueError, match=r"differ in classes \(Z, z\)"):
         join([parts[0], Index.open(tmp_path / "b")])

@@ -142,6 +142,9 @@ def test_class_shares() -> None:
     assert class_shares("natural", ["a", "b"], [9, 4]) is None
     assert class_shares("sqrt", ["a", "b"], [9, 2]) == [3.0, 1.414]
     assert class_shares("balanced", ["a", "b"], [9, 0]) == [1.0, 0.0]
+    many = class_shares("sqrt", [str(i) for i in range(10_000)], [50_000 + 10 * i for i in range(10_000)])
+    assert many
+    of_sets([np.arange(10_000, dtype=np.int32)], [1.0], many, 0, "aa", 8)  # their period is short enough
     assert class_shares({"b": 3.0}, ["a", "b"], [9, 4]) == [1.0, 3.0]
     with pytest.raises(ValueError, match="there is no class 'c'; there are: a, b"):
         class_shares({"c": 3.0}, ["a", "b"], [9, 4])
@@ -153,11 +156,20 @@ def test_the_first_batch_after_a_resume_reads_no_more_than_at_the_start(
     asked: list[int] = []
     read = Storage.read_into
     monkeypatch.setattr(Storage, "read_into", lambda *args: asked.append(len(args[3])) or read(*args))
+    monkeypatch.setattr("vitdist.data.reader._GAP", -1)  # no neighbour's bytes in between
+    read_bytes = []
     for start in (0, 10**9):
         batch = Batch(global_batch=GLOBAL, micro_batch=GLOBAL, accumulation=1, world=1)
         asked.clear()
-        next(open_training(settings(index), GLOBAL).batches(batch, 0, start, 1))
-        assert sum(asked) <= sum(shard.bytes for shard in index.shards)
+        ids = next(open_training(settings(index), GLOBAL).batches(batch, 0, start, 1)).ids.tolist()
+        read_bytes.append(sum(asked) - sum(index.span(i)[2] for i in ids))
+    assert read_bytes == [0, 0]
+
+
+def test_an_epoch_of_a_part_is_that_part(index: Index, other: Index) -> None:
+    assert open_training(settings(index, class_shares={"c0": 0}), GLOBAL).samples == 50 - index.counts[0]
+    mixed = settings(index, train={index.folder: 1.0, other.folder: 0.0})
+    assert open_training(mixed, GLOBAL).samples == 50
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (3, 0), (7, 0)])

@@ -1,5 +1,6 @@
 """From shard bytes to pixels. python -m pytest tests/vitdist/data/test_reader.py"""
 
+import dataclasses
 import io
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from vitdist.config import Data
 from vitdist.data import transforms
 from vitdist.data.index import Index
 from vitdist.data.pack import pack
-from vitdist.data.reader import Bad, Samples, through_webdataset
+from vitdist.data.reader import Bad, DataFailed, Samples, through_webdataset
 from vitdist.data.storage import Storage
 
 
@@ -163,7 +164,7 @@ def test_a_missing_shard_is_said_and_a_broken_set_ends(shards: Index) -> None:
     assert "No such file or directory" in batch.bad[0].detail
     for shard in shards.shards[1:]:
         os.truncate(Path(shards.folder, shard.name), 0)
-    with pytest.raises(ValueError, match="100 samples in a row are broken"):
+    with pytest.raises(DataFailed, match="100 samples in a row are broken"):
         Samples(shards, SETTINGS, 16, 0, training=True).__getitems__([(0, 0)])
 
 
@@ -241,3 +242,34 @@ def test_normalise() -> None:
     assert torch.allclose(out[0, :, 0, 0], torch.tensor([-1.0, 2.0, 1.0]))
     assert out.is_contiguous()
     assert transforms.normalise(images, (0.5,) * 3, (0.5,) * 3, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_server_that_does_not_answer_ends_the_run(shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was tried for a minute: other samples instead would be another training, and a minute each."""
+    places = [place._replace(url=f"memory://gone/{place.url}") for place in shards.places]
+    calls: list[int] = []
+
+    def refuse(*_: object) -> None:
+        calls.append(1)
+        raise OSError("http://host/a.tar: no answer in 9 tries")
+
+    monkeypatch.setattr(Storage, "read_into", refuse)
+    samples = Samples(dataclasses.replace(shards, places=places), SETTINGS, 16, 0, training=True)
+    with pytest.raises(DataFailed, match="no answer in 9 tries"):
+        samples.__getitems__([(0, i) for i in range(24)])
+    assert len(calls) == 1
+
+
+def test_a_rare_class_is_replaced_by_itself(tmp_path: Path) -> None:
+    """2 of 300 samples: a draw over all would hardly find the other."""
+    for i in range(300):
+        path = tmp_path / "pictures" / ("rare" if i < 2 else "common") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(noise(i, 8, 8)))
+    pack(tmp_path / "pictures", tmp_path / "out", workers=1)
+    index = Index.open(tmp_path / "out/train")
+    rare = np.flatnonzero(index.labels == index.classes.index("rare")).tolist()
+    damage(index, rare[0], 600)
+    for epoch in range(5):
+        batch = Samples(index, SETTINGS, 8, 0, training=True).__getitems__([(epoch, rare[0])])
+        assert batch.ids.tolist() == [rare[1]]

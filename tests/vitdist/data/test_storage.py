@@ -189,7 +189,7 @@ def test_pipes_are_refused_without_their_command() -> None:
     ],
 )
 def test_secrets_are_not_shown(url: str, shown: str) -> None:
-    assert storage._shown(url) == shown
+    assert storage.shown(url) == shown
 
 
 # ---- local -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from tests.vitdist.data.test_corruption import write
 from vitdist.config import Batch, Config, Data, Model, Scratch, Train
-from vitdist.data.reader import MicroBatch
+from vitdist.data.reader import DataFailed, MicroBatch
 from vitdist.data.stream import open_stream
 
 CLASSES = ["a", "b", "c"]
@@ -81,14 +81,24 @@ def test_too_few_shards_and_no_samples(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 shards cannot feed 5 ranks"):
         batches(f"{shards}/{{0..3}}.tar", 5, 0, 1)
     write(tmp_path / "empty.tar", 0, [])
-    with pytest.raises(ValueError, match=r"no samples in .*empty\.tar"):
+    with pytest.raises(DataFailed, match=r"no samples in .*empty\.tar"):
         batches(f"{tmp_path}/empty.tar", 1, 0, 1)
 
 
-def test_pipes_run_only_where_they_are_allowed(shards: Path) -> None:
+def test_pipes_run_only_where_they_are_allowed(shards: Path, tmp_path: Path) -> None:
     command = f"pipe:cat {shards}/{{0..3}}.tar"
-    with pytest.raises(ValueError, match=r"allow it with data\.allow_pipe=true"):
-        settings(command)
+    for hidden in (command, f"{{pipe,pipe}}:touch {tmp_path}/ran; cat /dev/null", "a.tar:: pipe:true"):
+        with pytest.raises(ValueError, match=r"allow it with data\.allow_pipe=true|no such shard"):
+            open_stream(settings(hidden), CLASSES, 1)
+    assert not (tmp_path / "ran").exists()
     config = settings(command, allow_pipe=True)
     batch = Batch(global_batch=4, micro_batch=4, accumulation=1, world=1)
     assert len(next(open_stream(config, CLASSES, 1).batches(batch, 0, 0, 1)).labels) == 4
+    failing = open_stream(settings("pipe:exit 3", allow_pipe=True), CLASSES, 1)
+    with pytest.raises(DataFailed, match=r"data\.train: a shard cannot be read: .*exit 3"):
+        next(failing.batches(batch, 0, 0, 1))
+
+
+def test_a_shard_that_is_not_there(shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"4\.tar: no such shard"):
+        open_stream(settings(f"{shards}/{{3..4}}.tar"), CLASSES, 1)
