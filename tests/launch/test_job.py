@@ -23,6 +23,7 @@ from vitdist import rundir
 from vitdist.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture
