@@ -7,6 +7,7 @@ torchrun ... -m vitdist.train runs/NAME --attempt 0    # what the launcher start
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -57,10 +58,8 @@ class Broken:
 
     new: "list[Bad]" = field(default_factory=list)
     """Of this rank, since the last row of the log."""
-    met: int = 0
-    """How often one came, over all ranks; the next three are of all ranks too."""
-    known: set[tuple[str, str]] = field(default_factory=set)
-    """Shard and key of each."""
+    known: set[tuple[int, str, str]] = field(default_factory=set)
+    """Row, shard and key of each that any rank has met; the next two count these."""
     reasons: Counter[str] = field(default_factory=Counter)
     shards: Counter[str] = field(default_factory=Counter)
 
@@ -92,13 +91,7 @@ class Session:
         data, device = self.settings.data, self.me.device
         if batch.encoded:
             assert self.training.samples_of
-            samples = self.training.samples_of()
-
-            def instead(slot: int) -> "Tensor":
-                other = samples.on_the_cpu(int(batch.ids[slot]))
-                batch.bad.extend(other.bad)
-                return other.images[0]
-
+            instead = functools.partial(self.training.samples_of().instead, batch)
             images = device_decode.pixels(batch.encoded, batch.images, device, batch.images.shape[-1], instead)
         else:
             images = batch.images.to(device, non_blocking=True)
@@ -354,8 +347,8 @@ def _note_broken(s: Session, broken: Broken) -> None:
         return
     met = sorted(bad for rank in s.me.gather(broken.new) for bad in rank)
     s.journal.bad_samples(s.engine.steps, "train", met)
-    broken.met += len(met)
-    new = {(bad.shard, bad.key): bad for bad in met if (bad.shard, bad.key) not in broken.known}
+    # By row: sets that are mixed may have shards and keys of the same names. A stream has no rows, all are -1.
+    new = {key: bad for bad in met if (key := (bad.id, bad.shard, bad.key)) not in broken.known}
     broken.known.update(new)
     broken.reasons.update(bad.reason for bad in new.values())
     broken.shards.update(bad.shard for bad in new.values())

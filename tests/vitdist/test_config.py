@@ -127,3 +127,23 @@ def test_steps_of_a_run() -> None:
     train = Train(global_batch=32, epochs=2.5)
     assert config.total_steps(train, config.split_batch(train, 4), 1000) == 78
     assert config.total_steps(Train(global_batch=32, steps=7), config.split_batch(train, 4), 1000) == 7
+
+
+def test_one_folder_twice_in_a_mixture_is_refused() -> None:
+    settings = config.load(ROOT / "configs/demo.yaml", ["data.train={shards/a: 3, ./shards/a: 1}"])
+    with pytest.raises(SettingsError, match="one folder is named twice"):
+        config.with_absolute_paths(settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("data.train={shards/a: -3}", "data.train: input should be greater than or equal to 0, not -3"),
+        ("data.class_shares=balancd", "data.class_shares: input should be 'natural', 'sqrt' or 'balanced'"),
+    ],
+)
+def test_of_several_types_the_one_that_was_meant_is_told(override: str, fault: str) -> None:
+    with pytest.raises(SettingsError) as told:
+        config.load(ROOT / "configs/demo.yaml", [override])
+    assert fault in str(told.value)
+    assert str(told.value).count("\n") == 1

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from safetensors.torch import load_file
 
 from tests import ranks, workers
 from vitdist import checkpoint, rundir
+from vitdist import train as trainer
 from vitdist.data.index import Index, build
+from vitdist.data.reader import Bad
 from vitdist.rundir import RunDir
 
 pytestmark = pytest.mark.processes
@@ -262,6 +266,26 @@ def test_bad_samples_are_replaced_listed_and_budgeted(tmp_path: Path, recipe: Pa
     assert "changed; " in text
     assert "in shard-000000.tar), more than data.max_bad 0.05 allows (3)" in text
     assert "Traceback" not in text
+
+
+def test_broken_samples_of_two_sets_are_two_and_meetings_are_not() -> None:
+    """Sets that are mixed have shards and keys of the same names; their rows differ."""
+    mine = [
+        Bad(3, "shard-000000.tar", "000000003", "changed", "changed"),
+        Bad(70, "shard-000000.tar", "000000003", "changed", "x"),
+    ]
+    listed: list[Bad] = []
+    session: Any = SimpleNamespace(
+        me=SimpleNamespace(any=bool, gather=lambda new: [list(new), list(new)]),
+        journal=SimpleNamespace(bad_samples=lambda step, kind, met: listed.extend(met)),
+        engine=SimpleNamespace(steps=1),
+    )
+    broken = trainer.Broken()
+    for _ in range(3):
+        broken.new += mine
+        trainer._note_broken(session, broken)
+    assert (len(broken.known), broken.reasons, broken.new) == (2, {"changed": 2}, [])
+    assert len(listed) == 12
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ class Shuffled:
             block = self._window_at(epoch, position) // _TOGETHER
             first = self._start(epoch, block * _TOGETHER)
             piece = self._block(epoch, block)[position - first : position - first + stop - start]
+            assert len(piece)  # else a position lies in no window, and this would never end
             ids.append(piece)
             epochs.append(np.full(len(piece), epoch))
             start += len(piece)

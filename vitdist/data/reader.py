@@ -121,11 +121,17 @@ class Samples(torch.utils.data.Dataset):
         encoded = device_decode.pack(files) if self._on_device else None
         return MicroBatch(images, torch.from_numpy(labels), ids_, ids_ != PADDING, bad, encoded)
 
-    def on_the_cpu(self, row: int) -> MicroBatch:
-        """A sample that the device could not decode, or its replacement, decoded here; epoch 0's crop."""
+    def instead(self, batch: MicroBatch, slot: int) -> torch.Tensor:
+        """Pixels for a slot whose file the device could not decode: decoded here, or those of its replacement.
+
+        `batch` then tells of that one. The crop is that of epoch 0.
+        """
         settings = self.settings.model_copy(update={"decode": "cpu"})
         here = Samples(self.index, settings, self.size, self.seed, self.training)
-        return here.__getitems__([(0, row)])
+        other = here.__getitems__([(0, int(batch.ids[slot]))])
+        batch.bad.extend(other.bad)
+        batch.ids[slot], batch.labels[slot] = other.ids[0], other.labels[0]
+        return other.images[0]
 
     def _replacement(self, epoch: int, row: int, attempt: int) -> int:
         """Another row of the same class, so that class shares stay what they are; of any, if it has no other."""

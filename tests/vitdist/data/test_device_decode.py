@@ -3,6 +3,7 @@
 python -m pytest tests/vitdist/data/test_device_decode.py
 """
 
+import functools
 import io
 import itertools
 from pathlib import Path
@@ -78,29 +79,27 @@ def test_what_the_device_cannot_decode_is_replaced(tmp_path: Path) -> None:
     """A JPEG without its quantisation tables passes the look at its header."""
     for i in range(4):
         content = bytearray(encoded(i, quality=95))
-        if i == 2:
+        if i == 2:  # the only one of its class: another class has to stand in, with its own label
             table = content.index(b"\xff\xdb")
             content[table : table + 2] = b"\xff\xfe"  # a comment from here on
-        path = tmp_path / "pictures" / f"c{i % 2}" / f"{i}.jpg"
+        path = tmp_path / "pictures" / ("alone" if i == 2 else f"c{i % 2}") / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     pack(tmp_path / "pictures", tmp_path / "out", workers=1)
     index = Index.open(tmp_path / "out/train")
     rows = {index.source(i): i for i in range(4)}
     samples = Samples(index, settings(index, "gpu"), SIZE, 0, training=True)
-    batch = samples.__getitems__([(0, rows["c0/2.jpg"]), (0, rows["c1/1.jpg"])])
+    batch = samples.__getitems__([(0, rows["alone/2.jpg"]), (0, rows["c1/1.jpg"])])
     assert batch.encoded
     with pytest.raises(RuntimeError):
         on_device(batch)
 
-    def instead(slot: int) -> torch.Tensor:
-        other = samples.on_the_cpu(int(batch.ids[slot]))
-        batch.bad.extend(other.bad)
-        return other.images[0]
-
+    instead = functools.partial(samples.instead, batch)
     images = device_decode.pixels(batch.encoded, batch.images, CPU, SIZE, instead)
-    assert [(bad.id, bad.reason) for bad in batch.bad] == [(rows["c0/2.jpg"], "undecodable")]
-    assert torch.equal(images[0], samples.on_the_cpu(rows["c0/0.jpg"]).images[0])
+    assert [(bad.id, bad.reason) for bad in batch.bad] == [(rows["alone/2.jpg"], "undecodable")]
+    on_the_cpu = Samples(index, settings(index, "cpu"), SIZE, 0, training=True)
+    assert torch.equal(images[0], on_the_cpu.__getitems__([(0, int(batch.ids[0]))]).images[0])
+    assert batch.labels.tolist() == index.labels[batch.ids.numpy()].tolist()
 
 
 def test_ranks_and_processes_change_nothing(index: Index) -> None:

@@ -364,6 +364,9 @@ def test_shards_and_index_behind_a_url(tmp_path: Path) -> None:
     there = Index.open("memory://set")
     assert (there.digest, there.keys()) == (here.digest, here.keys())
     assert there.image(5) == picture(2)
+    memory.pipe_file("/set/0.tar", b"shorter")
+    with pytest.raises(ValueError, match=r"memory://set/0\.tar has 7 bytes, not the .* indexed"):
+        Index.open("memory://set")
     with pytest.raises(ValueError, match="say with --out in which folder"):
         build("memory://set/{0..1}.tar")
     with pytest.raises(ValueError, match="cannot be listed: name the shards"):

@@ -153,6 +153,11 @@ def test_broken_samples_and_padding_are_masked_in_evaluation(shards: Index) -> N
     assert batch.mask.tolist() == [True, False, False]
     assert batch.ids.tolist() == [1, -1, -1]
     assert [(bad.id, bad.key) for bad in batch.bad] == [(2, shards.key(2))]
+    # other values in memory first: what is not cleared would show them
+    dirty = [np.full((1, 3, 16, 16), 255, np.uint8) for _ in range(64)]
+    del dirty
+    masked = [Samples(shards, SETTINGS, 16, 0, training=False).__getitems__([(0, 2), (0, -1)]) for _ in range(16)]
+    assert not any(batch.images.any() for batch in masked)
     assert Samples(shards, SETTINGS, 16, 0, training=False).__getitems__([(0, -1)]).ids.tolist() == [-1]
 
 

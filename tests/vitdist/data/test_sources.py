@@ -389,3 +389,51 @@ def test_a_class_that_only_a_pair_of_moves_can_cover() -> None:
         train, val = split.hold_out(pictures_of({name: groups[name] for name in order}), 0.1, True)
         assert_whole(train, val)
         assert {p.group for p in val} == {"g1"}
+
+
+def test_a_pipe_named_like_a_picture_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for name in "ab":
+        put(tmp_path / name / "0.png")
+    os.mkfifo(tmp_path / "a" / "1.png")
+    with pytest.raises(ValueError, match=r"a/1\.png: is no file but a pipe"):
+        sources.read(tmp_path, Options())
+
+
+@pytest.mark.parametrize("names", [("training", "Validation", "Test"), ("Train", "valid", "testing")])
+def test_splits_in_any_spelling(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for part in names:
+        for name in "ab":
+            put(tmp_path / part / name / "0.png")
+    found = sources.read(tmp_path, Options())
+    assert (sorted(found.parts), found.classes) == (["test", "train", "val"], ["a", "b"])
+
+
+def test_a_split_of_another_name_is_no_class(tmp_path: Path) -> None:
+    for part in ("train", "extra"):
+        for name in "ab":
+            put(tmp_path / part / name / "0.png")
+    with pytest.raises(ValueError, match="extra/ holds folders of the same names as train/: is it a split"):
+        sources.read(tmp_path, Options())
+
+
+def test_a_part_of_a_data_set_that_is_missing(tmp_path: Path) -> None:
+    table = pa.table({"image": [{"bytes": b"picture", "path": None} for i in range(4)], "label": [0, 1, 0, 1]})
+    (tmp_path / "data").mkdir()
+    parquet.write_table(table, tmp_path / "data/train-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"train-00001-of-00002\.parquet: this part of the data set is not there"):
+        sources.read(tmp_path, Options())
+
+
+def test_doubtful_classes_are_told(tmp_path: Path) -> None:
+    for i in range(30):
+        put(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{0.5 * i + 0.25}" for i in range(30)]
+    (tmp_path / "value.csv").write_text("\n".join(["path,label", *rows]))
+    assert any("30 classes for 30 pictures" in note for note in sources.read(tmp_path / "value.csv", Options()).notes)
+    rows = [f"{i}.png,{('cat', 'Cat', 'dog')[i % 3]}" for i in range(30)]
+    (tmp_path / "case.csv").write_text("\n".join(["path,label", *rows]))
+    notes = sources.read(tmp_path / "case.csv", Options()).notes
+    assert any("'Cat' and 'cat' differ in their spelling alone" in note for note in notes)
+    (tmp_path / "list.jsonl").write_text('{"path": "0.png", "label": ["cat"]}\n{"path": "1.png", "label": ["dog"]}\n')
+    with pytest.raises(ValueError, match="a list or record: a picture has one class"):
+        sources.read(tmp_path / "list.jsonl", Options())

@@ -6,6 +6,7 @@ The server below has knobs for what real ones do: drop, refuse, ignore ranges, s
 import contextlib
 import errno
 import fcntl
+import itertools
 import multiprocessing
 import os
 import re
@@ -831,3 +832,15 @@ def test_local_reads_load_neither_urllib3_nor_fsspec(local: Place, cache: Cache)
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_all_of_a_range_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces that Linux follows whole, next to each other."""
+    (tmp_path / "s.tar").write_bytes(bytes(1_000_000))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda handle, start, size, advice: asked.append((start, size)))
+    Storage([Place(str(tmp_path / "s.tar"), 1_000_000, "")]).expect(0, 1000, 500_000)
+    assert max(size for _, size in asked) <= 128 << 10
+    assert asked[0][0] == 1000
+    assert all(start + size == following for (start, size), (following, _) in itertools.pairwise(asked))
+    assert sum(asked[-1]) == 501_000
