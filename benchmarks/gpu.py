@@ -157,7 +157,7 @@ def measure(case: dict[str, Any], shards: Path, tiny: bool, seconds: float) -> d
             else:
                 images = micro.images.to(me.device, non_blocking=True)
             labels = micro.labels.to(me.device, non_blocking=True)
-            x = transforms.normalise(images, settings.data.mean, settings.data.std, engine.dtype)
+            x = transforms.normalise(images, (0.5,) * 3, (0.5,) * 3, engine.dtype)
             loss = F.cross_entropy(engine.forward(x).float(), labels)
             engine.backward(loss)
             engine.step()

@@ -35,6 +35,9 @@ Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1e6)]
 
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+"""Endings of files of weights, as against folders and ids."""
+
 
 class Data(Section):
     train: str | Annotated[dict[str, Share], Field(min_length=1)]
@@ -55,16 +58,24 @@ class Data(Section):
     """Chance of a horizontal flip. 0 where left and right differ (digits, text)."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Side of the central crop over the resized short side in evaluation (224/256)."""
-    mean: Triple = (0.5, 0.5, 0.5)
-    """Mean of each channel, pixels in 0 to 1. 0.5 is what Google's ViT checkpoints were trained with."""
-    std: Triple = (0.5, 0.5, 0.5)
-    """Standard deviation of each channel, pixels in 0 to 1."""
+    mean: Triple | None = None
+    """Mean of each channel, pixels in 0 to 1. Default: what the checkpoint's folder says; 0.5 from scratch; must be
+    given for a file of weights, which does not tell (ImageNet's 0.485, 0.456, 0.406 in DeiT, MAE, DINO)."""
+    std: Triple | None = None
+    """Standard deviation of each channel, pixels in 0 to 1; default as for `mean` (ImageNet: 0.229, 0.224, 0.225)."""
+    auto_augment: str = "none"
+    """none; trivial (TrivialAugment); or in timm's notation: rand-m9-mstd0.5-inc1 (RandAugment as in MAE, BEiT, DeiT),
+    3a (DeiT III), augmix-m5-w4, original."""
+    colour_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Brightness, contrast and saturation are each changed by a factor of 1 +- at most this (0.3 in DeiT III)."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of Beta(alpha, alpha), from which mixup draws the share of each of two pictures (0.8 in DeiT); 0: off."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     """The same for the area that cutmix cuts from the partner (1.0 in DeiT); with mixup too, each pair draws which."""
     mix_chance: Fraction = 1.0
     """Chance of a pair to be mixed at all, where mixup or cutmix is on."""
+    mix_by: Literal["pair", "batch"] = "pair"
+    """What draws its own kind and share of mixing: each pair of samples, or one draw for the whole global batch."""
     erase: Fraction = 0.0
     """Chance of a rectangle, 0.02 to 0.33 of the picture, to be erased (0.25 in DeiT)."""
     decode: Literal["cpu", "gpu"] = "cpu"
@@ -111,8 +122,10 @@ class Data(Section):
                 raise ValueError(f"{name} must be two rising numbers above 0, not [{low}, {high}]")
         if self.crop_scale[1] > 1:
             raise ValueError(f"crop_scale is a share of the picture: at most 1, not {self.crop_scale[1]}")
-        if min(self.std) <= 0:
+        if self.std and min(self.std) <= 0:
             raise ValueError("std must be above 0")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give both data.mean and data.std, or neither")
         return self
 
 
@@ -134,15 +147,52 @@ class Scratch(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, through `peft`): the checkpoint is frozen, adapters and head are trained."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["attention", "query-value", "all-linear"] = "query-value"
+    """Which linear layers of each block get an adapter; query-value as in the paper."""
+
+
 class Model(Section):
     pretrained: str | None = None
-    """A Hugging Face id or a local folder of a ViT (`save_pretrained`). Give this or `scratch`."""
+    """A Hugging Face id or folder of a ViT (ViT, DeiT, BEiT, DINOv2, ViT-MAE, ViT-MSN), or a file of weights
+    (.safetensors, .pth) with the names of timm, DeiT, MAE or DINO. Give this or `scratch`."""
     scratch: Scratch | None = None
     """Random weights of this shape. Give this or `pretrained`."""
     image_size: Annotated[int, Field(ge=8, le=2048)] = 224
     """Side of the square input in pixels. Position embeddings of a checkpoint are interpolated to it."""
+    heads: Annotated[int, Field(ge=1)] | None = None
+    """Attention heads of a file of weights, whose shapes do not tell them (ViT-Ti 3, S 6, B 12, L and H 16)."""
+    layer_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of the layer norms of a file of weights (timm, DeiT, MAE, DINO: 1e-6)."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] | None = None
+    """Activation of the blocks of a file of weights (timm, DeiT, MAE, DINO: gelu; OpenAI's CLIP: quick_gelu)."""
+    head: Literal["auto", "new", "keep"] = "auto"
+    """A checkpoint's classifier. auto: kept where its class names are those of the data; keep: kept whatever its names,
+    an error if its size differs; new: begins anew."""
+    pool: Literal["auto", "cls", "mean"] = "auto"
+    """What the head sees: the class token, or the mean of the patches (as MAE fine-tunes); auto: as the checkpoint has
+    it, cls from scratch."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth (Huang et al. 2016): chance of the last block's branches to be left out for a sample, rising
+    linearly from 0 at the first block. Drawn by (seed, step, slot), so the number of ranks does not matter."""
+    freeze: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    """Lowest layers that are not trained: 1 the embeddings, n + 1 the first n blocks too; all: everything but the head
+    (linear probe)."""
+    lora: Lora | None = None
+    """Low-rank adapters instead of full fine-tuning; model.lora.rank=8 turns them on."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more arithmetic, far less memory."""
+
+    @property
+    def weights_file(self) -> bool:
+        """Whether `pretrained` is a file of weights, which says nothing but names and shapes."""
+        return self.pretrained is not None and self.pretrained.endswith(WEIGHTS_FILES)
 
     @model_validator(mode="after")
     def _one_start(self) -> "Model":
@@ -150,6 +200,23 @@ class Model(Section):
             raise ValueError("give exactly one of model.pretrained and model.scratch")
         if self.scratch and self.image_size % self.scratch.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.scratch.patch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _of_files(self) -> "Model":
+        told = [name for name in ("heads", "layer_norm_eps", "activation") if getattr(self, name) is not None]
+        if told and not self.weights_file:
+            raise ValueError(
+                f"{told[0]}: only for a file of weights ({', '.join(WEIGHTS_FILES)}); scratch and folders say it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _partial(self) -> "Model":
+        if self.lora and self.freeze:
+            raise ValueError("freeze: model.lora already freezes the checkpoint; give one of them")
+        if self.scratch and (self.freeze or self.lora or self.head == "keep"):
+            raise ValueError("freeze, lora and head=keep need model.pretrained: random weights must be trained")
         return self
 
 
@@ -164,7 +231,6 @@ class Train(Section):
     """Length of the run in passes over the training set. Give this or `steps`."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Length of the run in updates. Give this or `epochs`."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides initial weights, order and augmentation; the same seed gives the same run."""
 
@@ -177,28 +243,67 @@ class Train(Section):
         return self
 
 
+class Loss(Section):
+    kind: Literal["cross_entropy", "bce", "focal"] = "cross_entropy"
+    """cross_entropy; bce: a binary one for each class (DeiT III); focal (Lin et al. 2017): easy samples weigh less."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the target that is spread evenly over all classes."""
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    """focal: exponent; 0 is cross-entropy."""
+    class_weights: Literal["none", "inverse", "effective"] | dict[str, Share] = "none"
+    """Weight of each class. inverse: by 1 / its number of samples; effective: by the effective number (Cui et al.
+    2019); or {class: weight, ...}, others 1. Counted as the classes come, so after data.class_shares."""
+    effective_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """effective: beta; nearer to 1 is nearer to inverse."""
+    logit_adjustment: Annotated[float, Field(ge=0)] = 0.0
+    """tau times the log of each class's share is added to its logit in training (Menon et al. 2021); 1 aims at balanced
+    accuracy, 0 is off."""
+
+
 class Optim(Section):
+    name: Literal["adamw", "sgd", "lion"] = "adamw"
+    """adamw (Loshchilov and Hutter 2019); sgd with Nesterov momentum; lion (Chen et al. 2023; a third to a tenth of
+    AdamW's rate, three to ten times its weight decay)."""
     lr: Annotated[float, Field(gt=0, le=100)] = 1e-3
     """Peak learning rate of the head; the layers below get lr x layer_decay^(distance from the head)."""
+    lr_batch: Annotated[int, Field(ge=1)] | None = None
+    """Global batch that `lr` is meant for (256 in MAE's base rates); another one scales it. Default: lr as it is."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """How lr follows the global batch, with lr_batch: in proportion (Goyal et al. 2017), or to its root (Adam)."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
     """Factor from one layer to the one below it (BEiT, MAE). 1 gives all layers the same rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Decoupled weight decay (AdamW) of weights with two or more dimensions; others have none."""
-    betas: Pair = (0.9, 0.999)
+    """Weight decay of weights with two or more dimensions; others have none. Decoupled in adamw and lion, added to the
+    gradient in sgd."""
+    betas: Pair | None = None
+    """adamw (default 0.9, 0.999) and lion (default 0.9, 0.99)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """adamw."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """sgd."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the whole gradient over all ranks; 0 does not clip."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From the peak, after the warm-up, down to min_lr at the last step."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """From the peak, after the warm-up, down to min_lr at the last step; wsd: warm-up, stable, then a linear fall."""
+    schedule_by: Literal["step", "epoch"] = "step"
+    """epoch: the rate stays the same during each pass over the data, but for the warm-up."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the run in which the rate rises linearly to its peak."""
+    fall: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd: share of the run in which the rate falls at the end."""
     min_lr: Fraction = 0.01
     """Rate at the end of the schedule, as a share of the peak."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an average of the fp32 weights (0.9999 in EVA-02), which is then evaluated and exported; 0: off."""
+    ema_warmup: bool = True
+    """The decay begins at 1/10 and rises as (1 + step) / (10 + step), so that short runs forget where they began."""
 
     @model_validator(mode="after")
     def _betas(self) -> "Optim":
-        if not all(0 <= beta < 1 for beta in self.betas):
+        if self.betas and not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, not {list(self.betas)}")
+        if self.schedule == "wsd" and self.warmup + self.fall > 1:
+            raise ValueError(f"warmup {self.warmup} and fall {self.fall} are more than the whole run")
         return self
 
 
@@ -213,17 +318,48 @@ class Engine(Section):
     """fp16: steps without an overflow after which the scale doubles."""
     loss_scale_hysteresis: Annotated[int, Field(ge=1)] = 2
     """fp16: overflows before the scale is halved."""
+    autocast: bool = False
+    """Half precision by torch.autocast inside DeepSpeed: weights stay fp32, matrices are multiplied in `precision`."""
     compile: bool = False
     """torch.compile the model: slower start, faster steps on a GPU."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """CPU threads of one rank; auto: its share of the cores. Recorded, since it changes the last bits of sums."""
 
 
+class Unsure(Section):
+    """When the model should say that it does not know: for inspection and medicine."""
+
+    costs: dict[str, dict[str, Share]] | None = None
+    """Cost of calling a sample of one class (outer name) another (inner name); what is not named costs 1, right 0."""
+    cost: Annotated[float, Field(gt=0)] = 0.5
+    """Cost of saying `unsure`, which is said where every class is expected to cost more (Chow 1970)."""
+
+
 class Evaluation(Section):
-    every_epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the training set between evaluations; the last step is always evaluated."""
+    every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training set between evaluations; default 1. The last step is always evaluated."""
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Updates between evaluations, instead of `every_epochs`."""
     batch: Annotated[int, Field(ge=1)] | None = None
     """Samples of one rank in one forward pass; default: twice the micro batch (no gradients to keep)."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation. flip: the mean of the probabilities of a picture and its mirror image."""
+    best: Literal["top1", "top5", "balanced_accuracy", "macro_f1", "auroc", "loss", "calibration_error"] = "top1"
+    """Metric of the best checkpoint, which is kept beside the newest ones."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Evaluations without a better `best` after which the run ends early."""
+    export: Literal["last", "best"] = "last"
+    """Whose weights the run ends with. best: chosen on the validation samples, so its figures are a little too good."""
+    bootstrap: Annotated[int, Field(ge=0, le=100_000)] = 1000
+    """Resamples for the 95 percent intervals of the last evaluation, on at most 20,000 samples; 0: none."""
+    unsure: Unsure | None = None
+    """Let the result say `unsure`; evaluation.unsure.cost=0.3 turns it on."""
+
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> "Evaluation":
+        if self.every_epochs and self.every_steps:
+            raise ValueError("give evaluation.every_epochs or evaluation.every_steps, not both")
+        return self
 
 
 class Checkpoint(Section):
@@ -248,11 +384,21 @@ class Config(Section):
     data: Data
     model: Model
     train: Train
+    loss: Loss = Loss()
     optim: Optim = Optim()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
+
+
+class Pixels(Section):
+    """How pictures become the input of a model."""
+
+    image_size: int
+    eval_crop: float
+    mean: Triple
+    std: Triple
 
 
 class Batch(Section):
@@ -312,6 +458,30 @@ def split_batch(train: Train, world: int) -> Batch:
                 f"which accumulation {accumulation} does not divide"
             )
     return Batch(global_batch=total, micro_batch=micro, accumulation=accumulation, world=world)
+
+
+def scaled(optim: Optim, global_batch: int) -> Optim:
+    """`optim` with the rate that its `lr` and `lr_batch` mean at `global_batch`."""
+    if optim.lr_batch is None:
+        return optim
+    ratio = global_batch / optim.lr_batch
+    factor = ratio if optim.lr_scaling == "linear" else math.sqrt(ratio)
+    return optim.model_copy(update={"lr": optim.lr * factor, "lr_batch": None})
+
+
+def pixels(settings: Config, mean: Triple | None, std: Triple | None) -> Pixels:
+    """What the settings say, and where they are silent the checkpoint's mean and std, None if it does not tell.
+
+    Raises SettingsError if neither does.
+    """
+    data = settings.data
+    mean, std = data.mean or mean, data.std or std
+    if mean is None or std is None:
+        raise SettingsError(
+            f"data.mean and data.std must be given: {settings.model.pretrained} does not tell with which pixels it was "
+            "trained (timm, DeiT, MAE, DINO mostly: data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225])"
+        )
+    return Pixels(image_size=settings.model.image_size, eval_crop=data.eval_crop, mean=mean, std=std)
 
 
 def total_steps(train: Train, batch: Batch, samples: int) -> int:
@@ -422,7 +592,7 @@ def with_absolute_paths(settings: Config) -> Config:
         }
     )
     model, pretrained = settings.model, settings.model.pretrained
-    if pretrained and (Path(pretrained).is_dir() or pretrained.startswith((".", "/", "~"))):
+    if pretrained and (Path(pretrained).exists() or pretrained.startswith((".", "/", "~"))):
         model = model.model_copy(update={"pretrained": _absolute(pretrained)})
     return settings.model_copy(update={"data": data, "model": model})
 

@@ -9,10 +9,10 @@ from PIL import Image
 from torch import nn
 
 from vitdist import rundir
-from vitdist.config import Config
+from vitdist.config import Pixels
 
 
-def write(folder: Path, net: nn.Module, weights: dict[str, torch.Tensor], settings: Config) -> None:
+def write(folder: Path, net: nn.Module, weights: dict[str, torch.Tensor], pixels: Pixels) -> None:
     """Write `weights` (whole, fp32, by name) of `net` with its image processor; the folder appears whole.
 
     Goes through `save_pretrained`, which writes the names that every version of transformers reads;
@@ -26,7 +26,7 @@ def write(folder: Path, net: nn.Module, weights: dict[str, torch.Tensor], settin
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     whole.save_pretrained(temporary)
-    _processor(settings).save_pretrained(temporary)
+    _processor(pixels).save_pretrained(temporary)
     for path in temporary.iterdir():
         rundir.sync_file(path)
     old = folder.with_name(f".{folder.name}.old")
@@ -40,20 +40,20 @@ def write(folder: Path, net: nn.Module, weights: dict[str, torch.Tensor], settin
     rundir.sync_folder(folder.parent)
 
 
-def _processor(settings: Config):
+def _processor(pixels: Pixels):
     """The evaluation's transform as a processor: short side resized, central crop, scaled to 0..1, normalised."""
     from transformers import CLIPImageProcessor  # ViT's own has no central crop
 
-    side = settings.model.image_size
+    side = pixels.image_size
     return CLIPImageProcessor(
         do_resize=True,
-        size={"shortest_edge": round(side / settings.data.eval_crop)},
+        size={"shortest_edge": round(side / pixels.eval_crop)},
         resample=Image.Resampling.BILINEAR,  # as vitdist/data/transforms.py resizes
         do_center_crop=True,
         crop_size={"height": side, "width": side},
         do_rescale=True,
         do_normalize=True,
-        image_mean=list(settings.data.mean),
-        image_std=list(settings.data.std),
+        image_mean=list(pixels.mean),
+        image_std=list(pixels.std),
         do_convert_rgb=True,
     )

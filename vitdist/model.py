@@ -22,6 +22,9 @@ class Weights:
     missing: list[str]
     ignored: list[str]
     resized: list[str]
+    mean: tuple[float, float, float] | None = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] | None = (0.5, 0.5, 0.5)
+    """Of the pixels that the checkpoint was trained with; None where it does not tell."""
 
     def __str__(self) -> str:
         if self.source == "scratch":

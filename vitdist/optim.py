@@ -74,7 +74,7 @@ def optimizer(param_groups: list[dict[str, Any]], settings: Optim, device: torch
     """AdamW (Loshchilov and Hutter 2019). Fused on a GPU: one kernel for each group, of which ViT-L has 52."""
     return torch.optim.AdamW(
         [{k: v for k, v in group.items() if k not in ("names", "name")} for group in param_groups],
-        betas=settings.betas,
+        betas=settings.betas or (0.9, 0.999),
         eps=settings.eps,
         fused=device.type == "cuda",
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vitdist import config, rundir, stop
-from vitdist.config import Batch, Config, SettingsError
+from vitdist.config import Batch, Config, Pixels, SettingsError
 from vitdist.rundir import RunDir
 from vitdist.stop import StopRequest
 
@@ -80,6 +80,7 @@ class Session:
     """Updates of the whole run."""
     net: "Module"
     """The model, as DeepSpeed holds it now; under ZeRO-3 it has no weights of its own."""
+    pixels: Pixels
     engine: "Engine"
     identity: "Identity"
     meter: "Meter"
@@ -88,14 +89,14 @@ class Session:
         """The pictures of a batch as the model's normalised input [B, 3, S, S] on the device."""
         from vitdist.data import device_decode, transforms
 
-        data, device = self.settings.data, self.me.device
+        device = self.me.device
         if batch.encoded:
             assert self.training.samples_of
             instead = functools.partial(self.training.samples_of().instead, batch)
             images = device_decode.pixels(batch.encoded, batch.images, device, batch.images.shape[-1], instead)
         else:
             images = batch.images.to(device, non_blocking=True)
-        return transforms.normalise(images, data.mean, data.std, self.engine.dtype)
+        return transforms.normalise(images, self.pixels.mean, self.pixels.std, self.engine.dtype)
 
 
 def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, stopping: StopRequest) -> int:
@@ -164,7 +165,9 @@ def _assemble(
     )
     total = config.total_steps(settings.train, batch, training.samples)
 
+    settings = settings.model_copy(update={"optim": config.scaled(settings.optim, batch.global_batch)})
     net, weights = model.build(settings.model, training.classes, settings.train.seed, me.device)
+    pixels = config.pixels(settings, weights.mean, weights.std)
     layer, depth = model.layers(net)
     groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
     meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
@@ -182,7 +185,7 @@ def _assemble(
         data=training.identity,
     )
     session = Session(
-        run, attempt, settings, me, journal, training, val_set, batch, total, net, engine, identity, meter
+        run, attempt, settings, me, journal, training, val_set, batch, total, net, pixels, engine, identity, meter
     )
     return session, about
 
@@ -222,14 +225,16 @@ def _export(s: Session, began: float) -> dict[str, float]:
     s.journal.say(f"evaluated {counted} validation samples, each once")
     whole = s.engine.full_weights(keep=s.me.first)
     if s.me.first:
-        export.write(s.run.model, s.net, whole, s.settings)
+        export.write(s.run.model, s.net, whole, s.pixels)
     return {**scores, "images_per_s": s.meter.images_per_s, "seconds": time.monotonic() - began}
 
 
 def _loop(s: Session, stopping: StopRequest) -> str | None:
     """Update until the last step; returns None, or the signal that stopped it after a checkpoint."""
     settings = s.settings
-    evaluate_every = max(1, round(settings.evaluation.every_epochs * s.training.samples / s.batch.global_batch))
+    evaluate_every = max(
+        1, round((settings.evaluation.every_epochs or 1.0) * s.training.samples / s.batch.global_batch)
+    )
     save_every = settings.checkpoint.every_steps or evaluate_every
     with contextlib.closing(s.training.batches(s.batch, s.me.rank, s.engine.steps, s.me.local_world)) as batches:
         return _steps(s, batches, stopping, evaluate_every, save_every)
@@ -291,7 +296,7 @@ def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken) -> "Ten
         if plan:
             images, target = augment.apply(plan, images, F.one_hot(target, len(s.training.classes)).float())
         logits = s.engine.forward(images).float()
-        loss = F.cross_entropy(logits, target, label_smoothing=s.settings.train.label_smoothing)
+        loss = F.cross_entropy(logits, target, label_smoothing=s.settings.loss.label_smoothing)
         s.engine.backward(loss)
         s.engine.step()
         total_loss += loss.detach()

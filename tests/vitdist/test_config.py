@@ -28,7 +28,7 @@ def test_shipped_recipes_are_read_and_say_what_they_cost(path: Path) -> None:
 
 
 def test_every_setting_is_explained_or_plain() -> None:
-    plain = {"patch_size", "depth", "heads", "width", "mlp_ratio", "betas", "eps", "label_smoothing"}
+    plain = {"patch_size", "depth", "heads", "width", "mlp_ratio", "betas", "eps", "alpha", "dropout", "rank"}
     for name, words, _, text in config.flat(Config):
         assert text or name.split(".")[-1] in plain, name
         assert words
@@ -87,13 +87,13 @@ def test_a_missing_file_names_the_likely_one() -> None:
 
 
 def test_settings_survive_being_written(tmp_path: Path) -> None:
-    settings = config.parse(Config, config.override(MINIMAL, ["optim.lr=3e-4", "data.mean=[0.1, 0.2, 0.3]"]), "x")
+    settings = config.parse(Config, config.override(MINIMAL, ["optim.lr=3e-4", "data.crop_scale=[0.1, 0.2]"]), "x")
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml(settings))
     assert config.load(path) == settings
     changed = config.parse(Config, config.override(MINIMAL, ["optim.lr=1e-3", "model.scratch.depth=3"]), "x")
     assert config.difference(settings, changed) == [
-        "data.mean: [0.1, 0.2, 0.3] -> [0.5, 0.5, 0.5]",
+        "data.crop_scale: [0.1, 0.2] -> [0.08, 1.0]",
         "model.scratch.depth: 12 -> 3",
         "optim.lr: 0.0003 -> 0.001",
     ]
