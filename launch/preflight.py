@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.cluster import Cluster, Slurm
-from vitdist.config import Config
+from vitdist.config import WEIGHTS_FILES, Config
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Finding:
 
 def check(settings: Config, runs: Path, nodes: int, cluster: Cluster | None, slurm: Slurm | None) -> list[Finding]:
     """All findings; `cluster` is None for a run on this machine."""
-    found = [*shards(settings), *writable(runs)]
+    found = [*shards(settings), *weights(settings), *writable(runs)]
     if cluster:
         found += [*sbatch(), *partition(cluster, slurm), *capacity(cluster, nodes, slurm)]
     return found
@@ -69,7 +69,7 @@ def _same_classes(settings: Config, classes: dict[str, list[str]]) -> list[Findi
     if len({tuple(names) for names in classes.values()}) < 2:
         single = [names[0] for names in classes.values() if len(names) == 1]
         text = f"data: a single class, {single[0]!r}: there is nothing to tell apart" if single else ""
-        return [Finding("refuse", text)] if text else _class_shares(settings, classes)
+        return [Finding("refuse", text)] if text else _class_names(settings, classes)
     (first, names), *others = classes.items()
     other, its_names = next(item for item in others if item[1] != names)
     odd = sorted(set(names) ^ set(its_names))
@@ -78,14 +78,23 @@ def _same_classes(settings: Config, classes: dict[str, list[str]]) -> list[Findi
     return [Finding("refuse", f"{pair} {what}: pack both with one `vitdist pack FOLDER OUT`")]
 
 
-def _class_shares(settings: Config, classes: dict[str, list[str]]) -> list[Finding]:
-    wanted = settings.data.class_shares
+def _class_names(settings: Config, classes: dict[str, list[str]]) -> list[Finding]:
+    """Settings that speak of classes know those of the data."""
     names = next(iter(classes.values()), None)
-    if isinstance(wanted, str) or names is None:
+    if names is None:
         return []
+    shares, weights = settings.data.class_shares, settings.loss.class_weights
+    unsure = settings.evaluation.unsure
+    costs = (unsure and unsure.costs) or {}
+    said = {
+        "data.class_shares": [] if isinstance(shares, str) else list(shares),
+        "loss.class_weights": [] if isinstance(weights, str) else list(weights),
+        "evaluation.unsure.costs": [name for true, row in costs.items() for name in (true, *row)],
+    }
     return [
-        Finding("refuse", f"data.class_shares: there is no class {name!r}; there are: {', '.join(names[:20])}")
-        for name in wanted
+        Finding("refuse", f"{where}: there is no class {name!r}; there are: {', '.join(names[:20])}")
+        for where, wanted in said.items()
+        for name in dict.fromkeys(wanted)
         if name not in names
     ]
 
@@ -114,6 +123,36 @@ def _index(folder: Path) -> tuple[dict[str, Any], str]:
             what = "is missing" if not path.is_file() else "is not as long as indexed"
             return {}, f"{path} {what}: bring it back, or save what is whole: vitdist verify {folder} --repair OUT"
     return record, ""
+
+
+# ---- model ---------------------------------------------------------------------------------------
+
+
+def weights(settings: Config) -> list[Finding]:
+    """A local checkpoint is there, and what a file of weights does not tell is set. Hub ids are not looked up."""
+    model, data = settings.model, settings.data
+    if model.pretrained is None or not model.pretrained.startswith("/"):
+        return []
+    path = Path(model.pretrained)
+    if not path.exists():
+        return [Finding("refuse", f"model.pretrained: {path}: no such file or folder")]
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return []
+        inside = sorted(p.name for p in path.iterdir() if p.name.endswith(WEIGHTS_FILES))
+        hint = f"did you mean {path / inside[0]}?" if inside else "give a folder that `save_pretrained` made"
+        return [Finding("refuse", f"model.pretrained: {path}: has no config.json; {hint}")]
+    usual = {
+        "model.heads": (model.heads, "3, 6, 12, 16 in ViT-Ti, S, B, L"),
+        "model.layer_norm_eps": (model.layer_norm_eps, "1e-6 in timm, DeiT, MAE, DINO"),
+        "model.activation": (model.activation, "gelu"),
+        "data.mean": (data.mean, "[0.485, 0.456, 0.406] in DeiT, MAE, DINO"),
+        "data.std": (data.std, "[0.229, 0.224, 0.225]"),
+    }
+    missing = [f"{name} ({hint})" for name, (value, hint) in usual.items() if value is None]
+    if not missing:
+        return []
+    return [Finding("refuse", f"model.pretrained: a file of weights does not tell, so give: {'; '.join(missing)}")]
 
 
 # ---- places --------------------------------------------------------------------------------------

@@ -263,6 +263,8 @@ def test_several_sets_shares_and_places_out_of_reach(place: Path, capsys: pytest
         ("data.class_shares={bird: 2}", "data.class_shares: there is no class 'bird'; there are: cat, dog"),
         ("data.train=https://host/shards/train", ""),
         ("data.class_shares={dog: 2}", ""),
+        ("loss.class_weights={fox: 2}", "loss.class_weights: there is no class 'fox'"),
+        ("evaluation.unsure.costs={dog: {wolf: 9}}", "evaluation.unsure.costs: there is no class 'wolf'"),
         ("data.val=shards/train", ""),
     ):
         _, _, err = in_process(capsys, *common, override)
@@ -271,6 +273,34 @@ def test_several_sets_shares_and_places_out_of_reach(place: Path, capsys: pytest
     (place / "shards/train/000.tar").unlink()
     (place / "shards/train/index.json").write_text(json.dumps(record))
     assert "error" not in in_process(capsys, *common)[2]
+
+
+def test_a_local_checkpoint_is_looked_at(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is there, and a file of weights gets by settings what its shapes do not tell, all of it named at once."""
+    recipe = (place / "tiny.yaml").read_text().replace("scratch: {patch_size: 8, width: 64, depth: 4, heads: 4}", "")
+    (place / "tuned.yaml").write_text(recipe.replace("32, }", "32}"))
+    (place / "vit.pth").touch()
+    (place / "bare").mkdir()
+    (place / "bare" / "model.safetensors").touch()
+    (place / "whole").mkdir()
+    (place / "whole" / "config.json").touch()
+    told = ["model.heads=3", "model.layer_norm_eps=1e-6", "model.activation=gelu"]
+    pixels = ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]"]
+    for overrides, said in (
+        (["model.pretrained=./none"], r"model.pretrained: \S+/none: no such file or folder"),
+        (["model.pretrained=bare"], r"bare: has no config.json; did you mean \S+/bare/model.safetensors\?"),
+        (["model.pretrained=whole"], ""),
+        (["model.pretrained=google/vit-large-patch16-224-in21k"], ""),
+        (
+            ["model.pretrained=vit.pth"],
+            r"give: model.heads .*; model.layer_norm_eps .*; model.activation .*; data.mean .*; data.std",
+        ),
+        (["model.pretrained=vit.pth", *told[:2], *pixels], r"so give: model.activation \(gelu\)\n"),
+        (["model.pretrained=vit.pth", *told, *pixels], ""),
+    ):
+        common = ("--config", "tuned.yaml", "--name", "x", "--dry-run", "--cluster", "local")
+        _, _, err = in_process(capsys, *common, *overrides)
+        assert re.search(said, err) if said else "error" not in err, err
 
 
 @pytest.mark.parametrize(
