@@ -1,19 +1,25 @@
-"""The command `vitdist`: what one does with data before a run and with its folder afterwards.
+"""The command `vitdist`: data before a run, the run's folder and its model afterwards.
 
-vitdist pack photos shards            # pictures -> indexed WebDataset tar shards
-vitdist index shards/train            # index tars that others made
-vitdist stats shards                  # classes, copies, patients in both splits: a page
-vitdist verify shards                 # are they what they were?
-vitdist report runs/NAME              # the run as a page
-vitdist sync runs/NAME                # upload offline W&B rows where there is a network
+vitdist pack photos shards                        # pictures -> indexed WebDataset tar shards
+vitdist index shards/train                        # index tars that others made
+vitdist stats shards                              # classes, copies, patients in both splits: a page
+vitdist verify shards                             # are they what they were?
+vitdist plan configs/skin.yaml                    # layers, learning rates, what is frozen
+vitdist report runs/NAME                          # the run as a page
+vitdist evaluate runs/NAME --data shards/test     # its model on other shards
+vitdist predict runs/NAME photos --csv table.csv  # its model on pictures
+vitdist export runs/NAME --to onnx                # its model for others
+vitdist sync runs/NAME                            # upload offline W&B rows where there is a network
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 from vitdist import rundir
 from vitdist.rundir import RunDir
@@ -21,7 +27,7 @@ from vitdist.rundir import RunDir
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 with a line on stderr for what cannot be done."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return int(args.run(args) or 0)
     except BrokenPipeError:  # the reader of a pipe has seen enough (`| head`); Python would flush into it once more
@@ -29,25 +35,51 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        print(f"error: {named}", file=sys.stderr)
-        return rundir.EXIT_REFUSED
+        return _refused(named)
     except BrokenProcessPool:
-        print("error: a process was killed, most often for want of memory: try fewer --workers", file=sys.stderr)
-        return rundir.EXIT_REFUSED
+        return _refused("a process was killed, most often for want of memory: try fewer --workers")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return rundir.EXIT_REFUSED
+        return _refused(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"interrupted{args.interrupted}", file=sys.stderr)
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refused(reason: str) -> int:
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{rank}error: {reason}", file=sys.stderr)
+    return rundir.EXIT_REFUSED
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; settings may stand anywhere after the command, which argparse alone does not allow."""
     parser = argparse.ArgumentParser(
         prog="vitdist", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.set_defaults(interrupted="", overrides=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for group in (_make_shards, _look_at_shards, _change_shards, _plan_a_run, _use_a_model, _follow_a_run):
+        group(commands)
+    args, rest = parser.parse_known_args(argv)
+    if args.overrides is not None:
+        given = {"rest": rest} | {name: value for name, value in vars(args).items() if name in ("source", "pictures")}
+        for name, texts in given.items():
+            if isinstance(texts, list):
+                args.overrides = args.overrides + [text for text in texts if _SETTING.match(text)]
+                given[name] = [text for text in texts if not _SETTING.match(text)]
+        rest = given.pop("rest")
+        vars(args).update(given)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
+
+_SETTING = re.compile(r"(data|model|train|loss|optim|engine|evaluation|checkpoint|tracking)\.[\w.]+=")
+_GOES_ON = "; the same command goes on where it stopped"
+Commands = Any  # argparse keeps the type of its sub-parsers to itself
+
+
+def _make_shards(commands: Commands) -> None:
     pack = commands.add_parser("pack", help="pictures -> indexed WebDataset shards")
     pack.add_argument(
         "source",
@@ -75,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--workers", type=_positive, help="processes (default: one a core); the bytes do not depend on it"
     )
-    pack.set_defaults(run=_pack)
+    pack.set_defaults(run=_pack, interrupted=_GOES_ON)
 
     index = commands.add_parser("index", help="index tar shards that others made")
     index.add_argument(
@@ -89,8 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--out", help="folder for the index, if not beside the shards; must be given for URLs")
     index.add_argument("--workers", type=_positive, help="processes (default: one a core)")
-    index.set_defaults(run=_index)
+    index.set_defaults(run=_index, interrupted=_GOES_ON)
 
+    digits = commands.add_parser("digits", help="write scikit-learn's scanned digits as an ImageFolder")
+    digits.add_argument("folder")
+    digits.set_defaults(run=_digits)
+
+
+def _look_at_shards(commands: Commands) -> None:
     verify = commands.add_parser("verify", help="are the shards what they were? names every broken sample")
     verify.add_argument("folder", help="indexed shards, or tars without an index, or a folder of such folders")
     verify.add_argument("--no-decode", action="store_true", help="checksums alone, without a test decode")
@@ -121,6 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     cat.add_argument("-o", "--out", metavar="FILE", help="into a file")
     cat.set_defaults(run=_cat)
 
+
+def _change_shards(commands: Commands) -> None:
     reshard = commands.add_parser(
         "reshard", help="indexed shards into new ones: of another size, mixed, several as one"
     )
@@ -134,12 +174,78 @@ def _parser() -> argparse.ArgumentParser:
     )
     reshard.add_argument("--drop-unused-members", action="store_true", help="keep picture, label, path and group alone")
     reshard.add_argument("--workers", type=_positive, help="processes (default: one a core)")
-    reshard.set_defaults(run=_reshard)
+    reshard.set_defaults(run=_reshard, interrupted=_GOES_ON)
 
-    digits = commands.add_parser("digits", help="write scikit-learn's scanned digits as an ImageFolder")
-    digits.add_argument("folder")
-    digits.set_defaults(run=_digits)
 
+def _plan_a_run(commands: Commands) -> None:
+    plan = _with_settings(commands, "plan", "what a configuration trains: layers, learning rates, weight decay")
+    plan.add_argument("config", help="a configuration (.yaml)")
+    plan.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings over those of the file")
+    plan.add_argument("--classes", type=_positive, metavar="N", help="number of classes, if data.train is not here")
+    plan.set_defaults(run=_plan)
+
+
+def _use_a_model(commands: Commands) -> None:
+    evaluate = _with_settings(commands, "evaluate", "measure models on shards, or tell what runs have measured")
+    evaluate.add_argument(
+        "source",
+        nargs="+",
+        help="a run folder, a model folder or id of Hugging Face, or a file of weights (.safetensors, .pth); several "
+        "runs without --data: their own evaluations, mean and deviation",
+    )
+    evaluate.add_argument("--data", metavar="SHARDS", help="indexed shards with the model's classes, in any order")
+    evaluate.add_argument("--json", metavar="FILE", help="all of it; - for stdout, in place of the tables")
+    evaluate.add_argument("--batch", type=_positive, help="samples of a forward pass of one rank (default 64)")
+    evaluate.add_argument("--tta", choices=("none", "flip"), help="flip: the mean with the mirror image")
+    point = evaluate.add_argument_group("operating point: from which probability on a class should be reported")
+    point.add_argument("--recall-of", metavar="CLASS", help="the highest recall, with --at-precision")
+    point.add_argument("--at-precision", type=_share, metavar="P")
+    point.add_argument("--precision-of", metavar="CLASS", help="the highest precision, with --at-recall")
+    point.add_argument("--at-recall", type=_share, metavar="R")
+    evaluate.add_argument(
+        "--write-decision",
+        action="store_true",
+        help="keep evaluation.unsure.* as decision.json in the model's folder, for `vitdist predict`",
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = _with_settings(commands, "predict", "a model's classes for pictures, as a table")
+    predict.add_argument("source", help="a run folder, or a model folder or id of Hugging Face")
+    predict.add_argument("pictures", nargs="+", metavar="PATH", help="pictures, and folders of them at any depth")
+    predict.add_argument("--csv", metavar="FILE", help="the table as a file (default: stdout)")
+    predict.add_argument(
+        "--top", type=_positive, help="that many classes for each picture, not a column for each class"
+    )
+    predict.add_argument("--tta", choices=("none", "flip"), help="flip: the mean with the mirror image")
+    predict.add_argument("--batch", type=_positive, default=64, help="pictures of a forward pass (default 64)")
+    predict.add_argument("--workers", type=_whole, help="processes that decode (default: by cores with a GPU, else 0)")
+    predict.set_defaults(run=_predict)
+
+    export = _with_settings(commands, "export", "a model as a folder of Hugging Face with its card, or as ONNX")
+    export.add_argument("source", help="a run folder, a model folder or id of Hugging Face, or a file of weights")
+    export.add_argument("--to", choices=("hf", "onnx"), required=True)
+    export.add_argument("--out", metavar="PATH", help="a folder (hf), or a file (onnx); default: in the run folder")
+    export.add_argument("--classes", metavar="FILE", help="class names of a file of weights, one a line, in its order")
+    export.add_argument(
+        "--raw-pixels", action="store_true", help="onnx: takes uint8 pixels and answers probabilities, not logits"
+    )
+    export.set_defaults(run=_export)
+
+
+def _with_settings(commands: Commands, name: str, words: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=words,
+        description=words,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings may follow as section.name=value: model.image_size=384 model.heads=12 data.eval_crop=1.0\n"
+        "(`python -m vitdist.train --help` lists them)",
+    )
+    parser.set_defaults(overrides=[])
+    return parser
+
+
+def _follow_a_run(commands: Commands) -> None:
     report = commands.add_parser("report", help="write RUN/report.html from the run folder")
     report.add_argument("folder", nargs="+", metavar="RUN")
     report.set_defaults(run=_report)
@@ -147,7 +253,22 @@ def _parser() -> argparse.ArgumentParser:
     sync = commands.add_parser("sync", help="upload the offline W&B parts of runs, oldest first; safe to repeat")
     sync.add_argument("folder", nargs="+", metavar="RUN")
     sync.set_defaults(run=_sync)
-    return parser
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and at most 1, such as 0.95")
+    return share
 
 
 def _positive(text: str) -> int:
@@ -246,6 +367,81 @@ def _digits(args: argparse.Namespace) -> None:
     from vitdist.data.pack import write_digits
 
     write_digits(args.folder)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from vitdist import config, plan
+    from vitdist.data.index import Index
+
+    settings = config.load(args.config, args.overrides)
+    classes = args.classes
+    if classes is None:
+        place = settings.data.val if settings.data.stream else next(iter(settings.data.train_sets))
+        try:
+            classes = len(Index.open(place, check=False).classes)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}\nor say how many classes there will be: --classes N") from None
+    print(plan.table(settings, classes))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.data is None:
+        from vitdist import results
+
+        for option in ("tta", "batch", "recall_of", "precision_of", "write_decision", "overrides"):
+            if getattr(args, option):
+                named = "settings need" if option == "overrides" else f"--{option.replace('_', '-')} needs"
+                raise ValueError(f"{named} --data: without it the runs' own evaluations are shown")
+        results.of_runs(_runs(args.source), args.json)
+        return 0
+    if len(args.source) > 1:
+        raise ValueError(f"--data measures one model, not {len(args.source)}: give one, or leave --data out")
+    from vitdist import inference
+
+    asked = _operating_point(args)
+    overrides = _as_settings(args, tta="evaluation.tta", batch="evaluation.batch")
+    return inference.run_evaluate(
+        args.source[0], args.data, overrides, json_file=args.json, point=asked, write_decision=args.write_decision
+    )
+
+
+def _operating_point(args: argparse.Namespace) -> tuple[str, float | None, float | None] | None:
+    """Class, precision and recall that are asked for."""
+    for of, at in (("recall_of", "at_precision"), ("precision_of", "at_recall")):
+        if (getattr(args, of) is None) != (getattr(args, at) is None):
+            raise ValueError(f"--{of.replace('_', '-')} and --{at.replace('_', '-')} belong together")
+    if args.recall_of is not None and args.precision_of is not None:
+        raise ValueError("give --recall-of or --precision-of, not both")
+    name = args.recall_of if args.recall_of is not None else args.precision_of
+    return None if name is None else (name, args.at_precision, args.at_recall)
+
+
+def _as_settings(args: argparse.Namespace, **names: str) -> list[str]:
+    """Options that are settings by another name, before the settings that are given as such."""
+    given = [f"{name}={getattr(args, option)}" for option, name in names.items() if getattr(args, option) is not None]
+    return given + args.overrides
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from vitdist import inference
+
+    return inference.run_predict(
+        args.source,
+        args.pictures,
+        _as_settings(args, tta="evaluation.tta"),
+        csv_file=args.csv,
+        top=args.top,
+        batch=args.batch,
+        workers=args.workers,
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    from vitdist import inference
+
+    inference.run_export(
+        args.source, args.overrides, to=args.to, out=args.out, classes=args.classes, raw=args.raw_pixels
+    )
 
 
 def _runs(folders: list[str]) -> list[RunDir]:
