@@ -1,81 +1,89 @@
 """Exact evaluation: every validation sample counts once, whatever the number of ranks.
 
-Ranks get equally many batches (ZeRO-3 gathers weights in step), padded and masked; all figures come
-from one confusion matrix of integers, so they do not depend on how samples were spread.
+    result = evaluate(engine.forward, batches, prepare, classes, samples, me, thorough=last)     # all ranks
+    rule = publish(run, step, result, classes, settings.evaluation, thorough=last)               # rank 0
+
+Ranks get equally many batches (ZeRO-3 gathers weights in step), padded and masked. Figures come from counts and from
+sums in the order of samples, so they do not depend on how samples were spread. What needs the probabilities of all
+samples is computed on rank 0, the only one that holds them.
 """
 
 import io
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+import torch.distributed
 
-from vitdist import rundir
+from vitdist import config, decision, rundir, scores
 from vitdist.dist import Processes
 from vitdist.rundir import RunDir
 
 if TYPE_CHECKING:
     from vitdist.data.reader import Bad, MicroBatch
 
+# Samples x classes. Up to the first, rank 0 gets all probabilities at each evaluation (40 MB; their AUROC takes 0.3 s),
+# up to the second at a thorough one (4 GB; 50,000 x 1,000 are 200 MB and 1.5 s). The others: what files and time bear.
+ALWAYS_WHOLE, MOST_WHOLE = 10_000_000, 1_000_000_000
+MOST_WRITTEN = 20_000_000
+MOST_POINTS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one evaluation over `samples` samples and C classes."""
+    """Figures of one evaluation over N = `samples` samples and C classes; arrays in the order of `ids`."""
 
     metrics: dict[str, float]
-    """loss, top1, top5, macro_f1, balanced_accuracy, samples, unreadable."""
+    """loss, top1, top5, macro_f1, balanced_accuracy, calibration_error, auroc (where it has a meaning and was
+    computed), samples, unreadable. The same on all ranks."""
     confusion: np.ndarray
     """[C, C] counts: row the true class, column the predicted one."""
     ids: np.ndarray
     labels: np.ndarray
     predicted: np.ndarray
     confidence: np.ndarray
-    """Of every sample in the order of ids: its class, the predicted one and the probability given to that."""
+    """Probability of the predicted class."""
+    losses: np.ndarray
+    """float64, cross-entropy of each sample in nats."""
+    above: np.ndarray
+    """How many classes were held for more probable than the true one."""
+    probabilities: np.ndarray | None
+    """float32 [N, C] on rank 0; None elsewhere, and where N x C is too large."""
+    class_auroc: np.ndarray | None
+    """[C], NaN where a class does not occur; None without probabilities."""
+    tta: str
     bad: "list[Bad]"
     """Samples that could not be read, of all ranks; in none of the figures."""
 
     def per_class(self, classes: list[str]) -> list[dict[str, Any]]:
-        precision, recall, f1 = class_scores(self.confusion)
+        """Scores of each class for JSON; auroc and the interval of recall are None where they have no meaning."""
+        precision, recall, f1 = scores.class_scores(self.confusion)
+        support = self.confusion.sum(1)
+        ends = scores.wilson(self.confusion.diagonal(), support)
+        area = np.full(len(classes), np.nan) if self.class_auroc is None else self.class_auroc
         return [
             {
                 "name": name,
-                "support": int(self.confusion[i].sum()),
+                "support": int(support[i]),
                 "precision": float(precision[i]),
                 "recall": float(recall[i]),
+                "recall_interval": ends[i].tolist() if support[i] else None,
                 "f1": float(f1[i]),
+                "auroc": float(area[i]) if math.isfinite(area[i]) else None,
             }
             for i, name in enumerate(classes)
         ]
 
-
-def class_scores(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of each class, 0 where undefined (as scikit-learn's zero_division=0)."""
-    hits = np.diag(confusion).astype(float)
-    predicted, true = confusion.sum(0), confusion.sum(1)
-    precision = np.divide(hits, predicted, out=np.zeros_like(hits), where=predicted > 0)
-    recall = np.divide(hits, true, out=np.zeros_like(hits), where=true > 0)
-    both = predicted + true
-    f1 = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both > 0)
-    return precision, recall, f1
-
-
-def figures(confusion: np.ndarray, loss_sum: float, top5_hits: int) -> dict[str, float]:
-    """The metrics of a confusion matrix; balanced accuracy is over the classes that occur."""
-    samples = int(confusion.sum())
-    _, recall, f1 = class_scores(confusion)
-    present = confusion.sum(1) > 0
-    named = present | (confusion.sum(0) > 0)
-    return {
-        "loss": loss_sum / samples,
-        "top1": float(np.trace(confusion)) / samples,
-        "top5": top5_hits / samples,
-        "macro_f1": float(f1[named].mean()),
-        "balanced_accuracy": float(recall[present].mean()),
-        "samples": samples,
-    }
+    def intervals(self, resamples: int) -> dict[str, list[float]]:
+        """95 percent intervals: of counts in closed form (Wilson), of other metrics by `resamples` resamples."""
+        n, best_five = len(self.ids), int((self.above < 5).sum())
+        counted = {"top1": int(self.confusion.trace()), "top5": best_five}
+        return {name: scores.wilson(hits, n).tolist() for name, hits in counted.items()} | scores.intervals(
+            self.labels, self.predicted, self.losses, self.probabilities, len(self.confusion), resamples
+        )
 
 
 @torch.no_grad()
@@ -86,70 +94,168 @@ def evaluate(
     classes: int,
     samples: int,
     me: Processes,
+    tta: Literal["none", "flip"] = "none",
+    thorough: bool = False,
 ) -> Evaluation:
     """Run `forward` (normalised images -> logits [B, classes]) over this rank's batches; all ranks call it.
 
-    `prepare` takes a batch to the model's input [B, 3, S, S]. Samples that cannot be read are left out and
-    counted as `unreadable`. Raises AssertionError unless all other of `samples` were counted exactly once.
+    `prepare` takes a batch to the model's input [B, 3, S, S]. `tta` flip: the mean of the probabilities of a picture
+    and its mirror image; the loss is then that of the mean. `thorough`: probabilities and AUROC of large sets too, to
+    be asked for when AUROC decides. Samples that cannot be read are left out and counted as `unreadable`. Raises
+    AssertionError unless all other of `samples` were counted exactly once.
     """
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, hits among the best five
-    seen: list[np.ndarray] = []
+    whole = samples * classes <= (MOST_WHOLE if thorough else ALWAYS_WHOLE)
+    tables: list[np.ndarray] = []
+    kept: list[torch.Tensor] = []
     unread: list[Bad] = []
+
+    def take(batch: "MicroBatch", logarithms: torch.Tensor) -> None:
+        rows, labels = logarithms.cpu()[batch.mask], batch.labels[batch.mask]
+        tables.append(_table(batch.ids[batch.mask], labels, rows))
+        unread.extend(batch.bad)
+        if whole:
+            kept.append(rows.exp())
+
+    waiting: tuple[MicroBatch, torch.Tensor] | None = None
     for batch in batches:
-        logits = forward(prepare(batch)).float().cpu()
-        kept = batch.mask
-        unread += batch.bad
-        logits, labels = logits[kept], batch.labels[kept]
-        probabilities = logits.softmax(1)
-        confidence, predicted = probabilities.max(1)
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum").double()
-        best = logits.topk(min(5, classes), dim=1).indices
-        sums[1] += (best == labels[:, None]).any(1).sum()
-        confusion += torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
-        seen.append(
-            np.stack(
-                [batch.ids[kept].numpy().astype(np.float64), labels.numpy(), predicted.numpy(), confidence.numpy()]
-            )
-        )
-    confusion, sums = me.sum(confusion), me.sum(sums)
-    table = np.concatenate([part for rank in me.gather(seen) for part in rank], axis=1)
+        logarithms = _log_probabilities(forward, prepare(batch), tta)
+        if waiting:  # the device is at work on the next batch meanwhile
+            take(*waiting)
+        waiting = batch._replace(images=batch.images[:0], encoded=None), logarithms
+    if waiting:
+        take(*waiting)
+
+    of_ranks = me.gather((tables, unread))
+    table = np.concatenate([np.empty((6, 0)), *(part for parts, _ in of_ranks for part in parts)], axis=1)
     table = table[:, np.argsort(table[0], kind="stable")]
-    ids = table[0].astype(np.int64)
-    bad = sorted(sample for rank in me.gather(unread) for sample in rank)
-    unreadable = len(bad)
+    ids, labels, predicted, above = (table[row].astype(np.int64) for row in (0, 1, 2, 5))
+    bad = sorted(sample for _, unreadable in of_ranks for sample in unreadable)
     counts = (len(ids), len(np.unique(ids)))
-    assert counts == (samples - unreadable,) * 2, (
-        f"{counts} counted and different, {unreadable} unreadable, of {samples}"
-    )
+    assert counts == (samples - len(bad),) * 2, f"{counts} counted and different, {len(bad)} unreadable, of {samples}"
     if not len(ids):
         raise ValueError(f"none of {samples} validation samples can be read")
-    matrix = confusion.numpy()
+    matrix = _on_first(kept, [parts for parts, _ in of_ranks], ids, classes, me) if whole else None
+
+    confusion = scores.confusion(labels, predicted, classes)
+    area = None if matrix is None else scores.auroc(labels, matrix)
+    metrics = {
+        "loss": float(table[4].sum() / len(ids)),
+        "top5": float((above < 5).mean()),
+        **scores.figures(confusion),
+        "calibration_error": scores.calibration(table[3], labels == predicted).error,
+        "auroc": math.nan if area is None else scores.mean_auroc(area),
+    }
+    # A loss that is not finite is for the caller to see; other figures without a meaning are left out.
+    metrics = {name: value for name, value in metrics.items() if name == "loss" or math.isfinite(value)}
     return Evaluation(
-        metrics={**figures(matrix, float(sums[0]), int(sums[1])), "unreadable": unreadable},
-        confusion=matrix,
+        metrics=me.from_first({**metrics, "samples": len(ids), "unreadable": len(bad)}),
+        confusion=confusion,
         ids=ids,
-        labels=table[1].astype(np.int64),
-        predicted=table[2].astype(np.int64),
+        labels=labels,
+        predicted=predicted,
         confidence=table[3].astype(np.float32),
+        losses=table[4],
+        above=above,
+        probabilities=matrix,
+        class_auroc=area,
+        tta=tta,
         bad=bad,
     )
 
 
-def publish(run: RunDir, step: int, result: Evaluation, classes: list[str]) -> None:
-    """Write evaluation.json and predictions.npz of the run."""
-    rundir.publish_json(
-        run.evaluation,
-        {
-            "step": step,
-            "metrics": result.metrics,
-            "classes": classes,
-            "confusion": result.confusion.tolist(),
-            "per_class": result.per_class(classes),
-        },
-    )
+def probabilities(forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, tta: str) -> torch.Tensor:
+    """What the evaluation takes for the classes' probabilities of normalised images, float32 [B, C] on the device."""
+    return _log_probabilities(forward, images, tta).exp()
+
+
+def _log_probabilities(forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, tta: str) -> torch.Tensor:
+    straight = forward(images).float().log_softmax(1)
+    if tta == "none":
+        return straight
+    mirrored = forward(images.flip(-1)).float().log_softmax(1)
+    # Not torch.logaddexp: on a CPU its last bit depends on the place in the batch.
+    return torch.stack((straight, mirrored), -1).logsumexp(-1) - math.log(2)
+
+
+def _table(ids: torch.Tensor, labels: torch.Tensor, logarithms: torch.Tensor) -> np.ndarray:
+    """float64 [6, B]: id, label, predicted class, its probability, loss, and how many classes stand above the label.
+
+    Of equally probable classes the first counts as the more probable one, so ties hang on no sorting.
+    """
+    own = logarithms.gather(1, labels[:, None])
+    earlier = torch.arange(logarithms.shape[1]) < labels[:, None]
+    above = ((logarithms > own) | ((logarithms == own) & earlier)).sum(1)
+    best, predicted = logarithms.max(1)
+    columns = (ids, labels, predicted, best.exp(), -own[:, 0], above)
+    return np.stack([column.numpy().astype(np.float64) for column in columns])
+
+
+def _on_first(
+    mine: list[torch.Tensor], parts: list[list[np.ndarray]], ids: np.ndarray, classes: int, me: Processes
+) -> np.ndarray | None:
+    """The rows of all ranks in the order of `ids`, [N, C] on rank 0; None on others. `parts`: tables of each rank.
+
+    One batch at a time goes over the wire, so nothing of size is held twice; `mine` is used up.
+    """
+    whole = np.empty((len(ids), classes), np.float32) if me.first else None
+    for rank, tables in enumerate(parts):
+        for part in tables:
+            rows = mine.pop(0) if rank == me.rank else torch.empty(part.shape[1], classes)
+            if rank and rank == me.rank and len(rows):
+                torch.distributed.send(rows, 0, group=me.control)
+            elif whole is not None:
+                if rank and len(rows):
+                    torch.distributed.recv(rows, rank, group=me.control)
+                whole[np.searchsorted(ids, part[0])] = rows.numpy()
+    return whole
+
+
+def record(
+    result: Evaluation, classes: list[str], settings: config.Evaluation, thorough: bool = False
+) -> tuple[dict[str, Any], decision.Decision | None]:
+    """What an evaluation says, ready for JSON, and the rule of decision that `settings` ask for; on rank 0.
+
+    `thorough` adds intervals and, of sets that are not large, operating points of each class. JSON has no NaN: what
+    has no meaning is null or left out.
+    """
+    labels, probabilities = result.labels, result.probabilities
+    found: dict[str, Any] = {
+        "metrics": result.metrics,
+        "tta": result.tta,
+        "classes": classes,
+        "confusion": result.confusion.tolist(),
+        "per_class": result.per_class(classes),
+        "calibration": scores.calibration(result.confidence, labels == result.predicted).bins(),
+    }
+    points: list[dict[str, Any]] = []
+    if thorough:
+        found["intervals"] = result.intervals(settings.bootstrap)
+        if probabilities is not None and probabilities.size <= MOST_POINTS:
+            found["operating_points"] = points = decision.operating_points(probabilities, labels, classes)
+    rule = decision.of(settings.unsure, classes, points) if settings.unsure else None
+    if rule and probabilities is not None:
+        found["decision"] = decision.summary(probabilities, labels, rule)
+    return found, rule
+
+
+def publish(
+    run: RunDir,
+    step: int,
+    result: Evaluation,
+    classes: list[str],
+    settings: config.Evaluation | None = None,
+    thorough: bool = False,
+) -> decision.Decision | None:
+    """Write evaluation.json and predictions.npz of the run; returns the rule of decision, for the exported model."""
+    found, rule = record(result, classes, settings or config.Evaluation(), thorough)
+    rundir.publish_json(run.evaluation, {"step": step, **found})
+    arrays = {name: getattr(result, name) for name in ("ids", "labels", "predicted", "confidence")}
+    if result.probabilities is not None:
+        if rule:
+            arrays["decided"] = rule.decide(result.probabilities)
+        if result.probabilities.size <= MOST_WRITTEN:
+            arrays["probabilities"] = result.probabilities.astype(np.float16)
     table = io.BytesIO()
-    np.savez_compressed(
-        table, ids=result.ids, labels=result.labels, predicted=result.predicted, confidence=result.confidence
-    )
+    np.savez_compressed(table, **arrays)
     rundir.publish(run.predictions, table.getvalue())
+    return rule
