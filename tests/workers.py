@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,29 @@ def build(s: Config, me: dist.Processes) -> tuple[Engine, config.Batch, checkpoi
     fingerprint = checkpoint.fingerprint(groups)
     engine = Engine(net, groups, optim.optimizer(groups, s.optim, me.device), s, batch, me)
     identity = checkpoint.Identity(
-        me.world, s.engine.zero, engine.precision, batch.global_batch, fingerprint, "classes", "data"
+        optimizer=s.optim.name,
+        world=me.world,
+        zero=s.engine.zero,
+        precision=engine.precision,
+        global_batch=batch.global_batch,
+        groups=fingerprint,
+        classes="classes",
+        data="data",
     )
     return engine, batch, identity
 
 
-def update(engine: Engine, s: Config, batch: config.Batch, me: dist.Processes, spoil: float = 1.0) -> float:
-    """One update on made-up images that depend on the step alone; the mean loss over ranks."""
-    generator = torch.Generator().manual_seed(engine.steps)
-    images = torch.randn(batch.global_batch, 3, 16, 16, generator=generator)
-    labels = torch.arange(batch.global_batch) % len(CLASSES)
+def pictures(step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Made-up images and labels of a global batch, which depend on the step alone."""
+    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+    labels = torch.arange(count) % len(CLASSES)
     images[:, 0] += labels[:, None, None]  # something to learn
+    return images, labels
+
+
+def update(engine: Engine, s: Config, batch: config.Batch, me: dist.Processes, spoil: float = 1.0) -> float:
+    """One update; the mean loss over ranks."""
+    images, labels = pictures(engine.steps, batch.global_batch)
     engine.set_lr(optim.schedule(engine.steps - engine.skipped, 20, s.optim))
     mine, losses = slice(me.rank * batch.global_batch // me.world, (me.rank + 1) * batch.global_batch // me.world), []
     pairs = zip(images[mine].split(batch.micro_batch), labels[mine].split(batch.micro_batch), strict=True)
@@ -116,13 +129,13 @@ def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
         engine, batch, identity = build(s, me)
         for _ in range(5):
             update(engine, s, batch, me)
-        before = engine.lrs()
+        before, groups_before = engine.lrs(), members(engine)
         checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
         straight = [update(engine, s, batch, me) for _ in range(3)]
         again, _, _ = build(s, me)
         resumed, _ = checkpoint.resume(run, again, me, identity)
         again.set_lr(optim.schedule(again.steps - again.skipped, 20, s.optim))
-        after = again.lrs()
+        after, groups_after = again.lrs(), members(again)
         continued = [update(again, s, batch, me) for _ in range(3)]
         weights = [
             torch.equal(a, b)
@@ -134,11 +147,149 @@ def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
             "resumed": resumed,
             "before": before,
             "after": after,
+            "members": (groups_before, groups_after),
             "straight": straight,
             "continued": continued,
             "equal": all(weights),
             "decays": again.weight_decays(),
             "scales": dict(zip(again.names, again.scales, strict=True)),
+        }
+
+
+def members(engine: Engine) -> dict[str, list[str]]:
+    """The parameters whose weights the optimizer's group of each name really holds, as DeepSpeed tells."""
+    wrapped, names = engine._optimizer, {id(p): name for name, p in engine._engine.module.named_parameters()}
+    lists = [group["params"] for group in wrapped.param_groups]
+    for inside in ("bit16_groups", "fp16_groups"):  # the wrappers' lists of what the model computes with
+        lists = getattr(wrapped, inside, lists)
+    assert len(lists) == len(engine.names)
+    return {name: [names[id(p)] for p in held] for name, held in zip(engine.names, lists, strict=True)}
+
+
+def rule(name: str, parameter: torch.Tensor, s: Config) -> tuple[float, float]:
+    """Scale of the rate and weight decay of a parameter, told by its name; for models of 2 blocks."""
+    block = re.search(r"layers?\.(\d+)\.", name)
+    layer = int(block[1]) + 1 if block else 0 if "embeddings" in name else 3
+    bare = parameter.ndim < 2 or name.endswith(("cls_token", "position_embeddings"))
+    return s.optim.layer_decay ** (3 - layer), 0.0 if bare else s.optim.weight_decay
+
+
+def against_torch(changes: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Six updates, with a new engine and a resume after three, and the same of plain torch without any of our code."""
+    s, run = settings(**changes), RunDir(Path(folder))
+    with dist.processes(1) as me:
+        engine, batch, identity = build(s, me)
+        net, _ = model.build(s.model, CLASSES, s.train.seed)
+        first = {name: p.detach().clone() for name, p in net.named_parameters()}
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        rules = [rule(name, p, s) for name, p in trained.items()]
+        own = [
+            {"params": [p], "lr": 0.0, "weight_decay": decay}
+            for p, (_, decay) in zip(trained.values(), rules, strict=True)
+        ]
+        plain = {
+            "adamw": lambda: torch.optim.AdamW(own),
+            "sgd": lambda: torch.optim.SGD(own, momentum=0.9, nesterov=True),
+            "lion": lambda: Lion(own),
+        }[s.optim.name]()
+        norms = []
+        for step in range(6):
+            if step == 3:
+                checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
+                engine, _, _ = build(s, me)
+                checkpoint.resume(run, engine, me, identity)
+            update(engine, s, batch, me)
+            images, labels = pictures(step, batch.global_batch)
+            plain.zero_grad()
+            F.cross_entropy(net(pixel_values=images).logits, labels).backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.optim.clip or torch.inf)
+            norms.append((engine.grad_norm, float(norm)))
+            for group, (scale, _) in zip(plain.param_groups, rules, strict=True):
+                group["lr"] = optim.schedule(step, 20, s.optim) * scale
+            plain.step()
+        ours = engine.full_weights(keep=True)
+        off = {name: float((ours[name] - p.detach()).abs().mean()) for name, p in net.named_parameters()}
+        moved = {name: float((first[name] - p.detach()).abs().mean()) for name, p in net.named_parameters()}
+        return {"norms": norms, "off": off, "moved": moved, "trained": list(trained)}
+
+
+class Lion(torch.optim.Optimizer):
+    """Algorithm 2 of Chen et al. 2023, as it is printed."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                c = 0.9 * m + 0.1 * p.grad
+                p -= group["lr"] * (c.sign() + group["weight_decay"] * p)
+                m.copy_(0.99 * m + 0.01 * p.grad)
+
+
+def look(engine: Engine) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The whole weights, and what the model makes of some pictures."""
+    engine.eval()
+    with torch.no_grad():
+        logits = engine.forward(pictures(0, 8)[0].to(engine.dtype)).float()
+    engine.train()
+    return engine.full_weights(keep=True), logits
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two looks are equal, bit for bit."""
+    pairs = zip([*one[0].values(), one[1]], [*other[0].values(), other[1]], strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def average(changes: dict[str, Any], folder: str, skip: int | None = None) -> dict[str, Any]:
+    """Six updates, of which number `skip` overflows, with the average of the weights; then a resume."""
+    s, run = settings(**changes), RunDir(Path(folder))
+    if s.engine.precision == "fp16":
+        allow_fp16_on_cpu()
+    with dist.processes(1) as me:
+        engine, batch, identity = build(s, me)
+        reference = {name: w.double() for name, w in engine.full_weights(keep=True).items()}
+        applied = 0
+        for step in range(6):
+            skipped = engine.skipped
+            update(engine, s, batch, me, spoil=1e6 if step == skip else 1.0)
+            if engine.skipped == skipped:
+                decay = min(s.optim.ema, (1 + applied) / (10 + applied) if s.optim.ema_warmup else 1.0)
+                applied += 1
+                for name, w in engine.full_weights(keep=True).items():
+                    reference[name] = decay * reference[name] + (1 - decay) * w.double()
+        seen = look(engine)
+        with engine.averaged():
+            inside = look(engine)
+        restored = look(engine)
+        checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
+        again, _, _ = build(s, me)
+        checkpoint.resume(run, again, me, identity)
+        with again.averaged():
+            resumed = look(again)
+        for _ in range(2):
+            update(engine, s, batch, me)
+            update(again, s, batch, me)
+        with engine.averaged(), again.averaged():
+            straight, continued = look(engine), look(again)
+        net, _ = model.build(s.model, CLASSES, s.train.seed)
+        net.load_state_dict(inside[0])
+        wanted = net.to(torch.bfloat16 if "bf16" in engine.precision else engine.dtype)
+        with torch.no_grad():
+            logits = wanted(pixel_values=pictures(0, 8)[0].to(wanted.dtype)).logits.float()
+        return {
+            "applied": applied,
+            "skipped": engine.skipped,
+            "off": max(float((inside[0][name] - w).abs().max()) for name, w in reference.items()),
+            "far": max(float((seen[0][name] - w).abs().max()) for name, w in reference.items()),
+            "restored": same(seen, restored),
+            "resumed": same(inside, resumed),
+            "continued": same(straight, continued),
+            "logits_off": float((inside[1] - logits).abs().max()),
+            "logits_far": float((seen[1] - logits).abs().max()),
         }
 
 

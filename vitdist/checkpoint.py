@@ -42,6 +42,7 @@ class NoCheckpoint(ValueError):
 class Identity:
     """What must be the same for a checkpoint to fit; each is compared by name."""
 
+    optimizer: str
     world: int
     zero: int
     precision: str
@@ -93,8 +94,19 @@ def steps(run: RunDir) -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def save(run: RunDir, engine: "Engine", me: Processes, identity: Identity, attempt: int, keep: int) -> Path:
-    """Write a checkpoint of the step just done; all ranks call it. Older ones beyond `keep` go afterwards."""
+def save(
+    run: RunDir,
+    engine: "Engine",
+    me: Processes,
+    identity: Identity,
+    attempt: int,
+    keep: int,
+    best: int | None = None,
+) -> Path:
+    """Write a checkpoint of the step just done; all ranks call it.
+
+    Older ones go afterwards: the newest `keep` stay, and that of step `best` beside them.
+    """
     final = run.checkpoints / name_of(engine.steps)
     temporary = run.checkpoints / f".tmp-{final.name}-{attempt}"
     if me.from_first(final.exists() if me.first else None):
@@ -127,7 +139,8 @@ def save(run: RunDir, engine: "Engine", me: Processes, identity: Identity, attem
         os.rename(temporary, final)
         rundir.sync_folder(run.checkpoints)
         for step in steps(run)[keep:]:
-            shutil.rmtree(run.checkpoints / name_of(step))
+            if step != best:
+                shutil.rmtree(run.checkpoints / name_of(step))
     me.barrier()
     return final
 
@@ -152,7 +165,24 @@ def resume(run: RunDir, engine: "Engine", me: Processes, identity: Identity) -> 
             torn = text.partition(":")[0]
             os.rename(run.checkpoints / torn, run.checkpoints / f".torn-{torn}-{time.time_ns()}")
     me.barrier()
-    folder = run.checkpoints / name_of(chosen)
+    _load(run, engine, me, identity, chosen)
+    return chosen, skipped
+
+
+def load_step(run: RunDir, engine: "Engine", me: Processes, identity: Identity, step: int) -> None:
+    """Load the checkpoint of `step`, as of the best one for the export; all ranks call it.
+
+    Raises ValueError, on all ranks, if it is not there, not whole, or of other settings.
+    """
+    folder = run.checkpoints / name_of(step)
+    fault = me.from_first(verify(folder) if me.first else None)
+    if fault:
+        raise ValueError(f"{folder} cannot be loaded: {fault}")
+    _load(run, engine, me, identity, step)
+
+
+def _load(run: RunDir, engine: "Engine", me: Processes, identity: Identity, step: int) -> None:
+    folder = run.checkpoints / name_of(step)
     manifest = rundir.read_json(folder / "manifest.json")
     assert manifest is not None
     difference = identity.first_difference(manifest["identity"])
@@ -162,8 +192,7 @@ def resume(run: RunDir, engine: "Engine", me: Processes, identity: Identity) -> 
         )
     engine.load(folder, _TAG)
     _set_random_state(torch.load(folder / f"rng-{me.rank}.pt", weights_only=True))
-    assert engine.steps == chosen
-    return chosen, skipped
+    assert engine.steps == step
 
 
 def _choose(run: RunDir) -> tuple[int | None, list[str]]:

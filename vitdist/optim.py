@@ -1,4 +1,4 @@
-"""A learning rate per layer, weight decay where it belongs, and the schedule in closed form.
+"""A learning rate per layer, weight decay where it belongs, the optimizers, and the schedule in closed form.
 
 Layer-wise decay after BEiT (Bao et al. 2021) and MAE (He et al. 2021): the layer with number i of
 L+1 gets lr x layer_decay^(L+1-i). The loop sets lr = schedule(step) x scale itself before each
@@ -15,12 +15,23 @@ from torch import nn
 
 from vitdist.config import Optim
 
-# Tokens and positions are no weights of a linear map; MAE and timm decay none of them.
-_TOKENS = ("cls_token", "mask_token", "distillation_token", "register_tokens", "position_embeddings")
+# Tokens and positions are no weights of a linear map; timm decays none of them. BEiT's own code decays its table of
+# relative positions and DINOv2's its tokens and positions: the two that differ.
+_TOKENS = (
+    "cls_token",
+    "mask_token",
+    "distillation_token",
+    "register_tokens",
+    "position_embeddings",
+    "relative_position_bias_table",
+)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: to weights with two or more dimensions that are no token or position."""
+    """Whether weight decay applies: to weights with two or more dimensions that are no token or position.
+
+    So not to norms, LayerScale's gammas (1-D) and biases; to LoRA's adapters, which are matrices, yes.
+    """
     return parameter.ndim > 1 and not name.endswith(".bias") and name.rpartition(".")[2] not in _TOKENS
 
 
@@ -52,32 +63,50 @@ def groups(
     return made
 
 
-def schedule(step: int, total: int, settings: Optim) -> float:
+def schedule(step: int, total: int, settings: Optim, steps_per_epoch: float = 1.0) -> float:
     """Learning rate of the head for update number `step` (0-based) of `total`.
 
     Warm-up: lr (step+1)/warmup steps, so that the first update already moves. Then, with progress p
-    from 0 to 1 over the rest, cosine lr (m + (1-m)(1+cos(pi p))/2), linear lr (1-(1-m)p), or constant.
+    from 0 at the first update at the peak to 1 at the last one: cosine lr (m + (1-m)(1+cos(pi p))/2),
+    linear lr (1-(1-m)p), constant lr, where m is min_lr. wsd is linear in the last `fall` of the run.
+
+    By epoch, an update has the progress of the first update that its pass over the data begins with, and p = 1 is
+    where the next pass would begin: the last pass keeps the rate that it begins with, above m.
     """
     warmup = round(settings.warmup * total)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
-    p = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    now, end = step, total - 1
+    if settings.schedule_by == "epoch":
+        begun = math.ceil(math.floor(step / steps_per_epoch) * steps_per_epoch)
+        now, end = max(warmup, min(step, begun)), total
+    begin = max(warmup, end - round(settings.fall * total)) if settings.schedule == "wsd" else warmup
+    p = min(1.0, max(0, now - begin) / max(1, end - begin))
     floor = settings.min_lr
     if settings.schedule == "cosine":
         return settings.lr * (floor + (1 - floor) * (1 + math.cos(math.pi * p)) / 2)
-    if settings.schedule == "linear":
-        return settings.lr * (1 - (1 - floor) * p)
-    return settings.lr
+    if settings.schedule == "constant":
+        return settings.lr
+    return settings.lr * (1 - (1 - floor) * p)
 
 
 def optimizer(param_groups: list[dict[str, Any]], settings: Optim, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019). Fused on a GPU: one kernel for each group, of which ViT-L has 52."""
-    return torch.optim.AdamW(
-        [{k: v for k, v in group.items() if k not in ("names", "name")} for group in param_groups],
-        betas=settings.betas or (0.9, 0.999),
-        eps=settings.eps,
-        fused=device.type == "cuda",
-    )
+    """AdamW, SGD with Nesterov momentum, or Lion (timm's) over `groups`.
+
+    All three work element by element, so that ZeRO may cut and join their tensors as it likes. LAMB and LARS do not:
+    they need the norm of each whole tensor, and ZeRO 1 to 3 hold flat pieces of several.
+    Fused on a GPU where torch has it: one kernel for each group, of which ViT-L has 52.
+    """
+    of_torch = [{k: v for k, v in group.items() if k not in ("names", "name")} for group in param_groups]
+    fused = device.type == "cuda"  # on a CPU it works too, with other bits
+    if settings.name == "sgd":
+        momentum = settings.momentum
+        return torch.optim.SGD(of_torch, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    if settings.name == "lion":
+        from timm.optim import Lion  # it brings torchvision: 3 s
+
+        return Lion(of_torch, betas=settings.betas or (0.9, 0.99))
+    return torch.optim.AdamW(of_torch, betas=settings.betas or (0.9, 0.999), eps=settings.eps, fused=fused)
 
 
 def describe(param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
