@@ -117,7 +117,8 @@ def finished(net: Any, weights: Mapping[str, Tensor]) -> Any:
     with torch.device("meta"):
         whole = type(net)(net.config)
         tuner = _with_adapters(whole, net.peft_config["default"]) if hasattr(net, "peft_config") else None
-    whole.load_state_dict(dict(weights), assign=True)
+    # Merging changes the matrices in place; without adapters what was given is read only.
+    whole.load_state_dict({name: t.clone() if tuner else t for name, t in weights.items()}, assign=True)
     if tuner:
         whole = tuner.merge_and_unload()
     return whole.requires_grad_(True).eval()
@@ -148,7 +149,9 @@ def _fitted(settings: Model, classes: list[str] | None, seed: int, device: str) 
     loaded = 0 if settings.scratch else len(net.state_dict()) - len(missing)
     _choose_trained(net, settings)
     if settings.gradient_checkpointing:
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 warns of the old name, 5.17 may have no other.
+        enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return net, replace(weights, missing=missing, ignored=sorted(set(weights.ignored)), loaded=loaded)
 
 

@@ -160,8 +160,8 @@ def convert(tensors: Mapping[str, Tensor], settings: Model) -> Held:
     strange = [name for name in strange if not (family == "beit" and name.endswith("attn.k.bias"))]
     if strange:
         raise ValueError(
-            f"model.pretrained {path}: no {family} of transformers has a place for {short(strange)}, "
-            "which its forward pass uses"
+            f"model.pretrained {path}: no {family} of transformers has a place for {strange[0]} "
+            f"({len(strange)} such tensors), which the forward pass uses"
         )
     kept_out = [name for name in left if not name.endswith("attn.k.bias")]
     return Held(family, shape, taken, sorted([*ignored, *kept_out]))
