@@ -132,6 +132,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
             *(m for m in map(module, FILES) if m.startswith("vitdist.data")),
         },
         "vitdist.model": {"vitdist.weights", "vitdist.drop_path"},
+        "vitdist.plan": {"vitdist.model", "vitdist.optim"},
         "vitdist.report": {"vitdist.data", "vitdist.data.index"},  # thumbnails of the worst mistakes
         "vitdist.cli": {
             *(f"vitdist.{room}" for room in ("inference", "plan", "report", "results")),
