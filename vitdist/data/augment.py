@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vitdist.config import Data
+from vitdist.data import colour
 
 _AREA, _RATIO = (0.02, 0.33), (0.3, 3.3)
 """Of an erased rectangle: share of the picture and height to width, as in the paper and torchvision."""
@@ -34,7 +35,8 @@ class Plan(NamedTuple):
 
 
 def check(settings: Data, micro_batch: int) -> None:
-    """Raises ValueError if partners would be split."""
+    """Raises ValueError if partners would be split, and for what `colour.check` refuses; imports what that needs."""
+    colour.check(settings)
     if (settings.mixup or settings.cutmix) and micro_batch % 2:
         raise ValueError(
             f"data.mixup and data.cutmix mix pairs: a micro-batch of {micro_batch} must be even; "
@@ -53,8 +55,9 @@ def plan(settings: Data, seed: int, step: int, slots: tuple[int, int], global_ba
     pairs, singles = np.random.default_rng([seed, step, 2]), np.random.default_rng([seed, step, 3])
     mine = slice(slots[0] - step * global_batch, slots[1] - step * global_batch)
     # For the whole global batch, so that a slot's draws do not depend on how it is split.
-    both = _pairs(settings, pairs, (global_batch + 1) // 2, size)
-    kept, blended, pasted = (np.repeat(values, 2, axis=0)[mine] for values in both)
+    draws, alike = (1, global_batch) if settings.mix_by == "batch" else ((global_batch + 1) // 2, 2)
+    mixing = _pairs(settings, pairs, draws, size)
+    kept, blended, pasted = (np.repeat(values, alike, axis=0)[mine] for values in mixing)
     return Plan(kept, blended, pasted, _erased(settings, singles, global_batch, size)[mine])
 
 

@@ -12,10 +12,11 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -48,6 +49,8 @@ class Training:
     samples: int
     """Of one epoch."""
     classes: list[str]
+    class_counts: list[float] | None
+    """Samples of each class that one epoch shows, by the shares of classes and sets; None where no index tells."""
     summary: dict[str, Any]
     """What logs and reports say of it."""
     parts: list[str]
@@ -88,6 +91,7 @@ def open_training(config: Config, global_batch: int) -> Training:
     return Training(
         samples=order.stream.n,
         classes=whole.classes,
+        class_counts=class_counts([each.counts for each in sets], set_shares, shares, order.stream.n),
         summary=whole.summary() | ({} if shares is None else {"class_shares": shares}),
         parts=[each.digest for each in sets],
         identity=hashlib.sha256(about.encode()).hexdigest(),
@@ -116,6 +120,18 @@ def class_shares(wanted: str | dict[str, float], classes: list[str], counts: lis
     if unknown:
         raise ValueError(f"data.class_shares: there is no class {unknown[0]!r}; there are: {', '.join(classes[:20])}")
     return [wanted.get(name, 1.0) for name in classes]
+
+
+def class_counts(
+    counts: Sequence[Sequence[int]], set_shares: Sequence[float], shares: Sequence[float] | None, samples: int
+) -> list[float]:
+    """How many of `samples` in a row are of each class. `counts`: of each set; `shares`: of `class_shares`."""
+    shown = np.zeros(len(counts[0]))
+    for its_counts, its_share in zip(counts, set_shares, strict=True):
+        if its_share:
+            parts = np.array(its_counts if shares is None else shares, float)
+            shown += samples * its_share * parts / (sum(set_shares) * parts.sum())
+    return shown.tolist()
 
 
 def closing(loader: Iterable[MicroBatch]) -> Generator[MicroBatch]:

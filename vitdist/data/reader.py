@@ -18,7 +18,7 @@ import torch
 from isal.isal_zlib import crc32
 
 from vitdist.config import Data
-from vitdist.data import device_decode, storage, transforms
+from vitdist.data import colour, device_decode, storage, transforms
 from vitdist.data.device_decode import Encoded, Jpeg
 from vitdist.data.index import IMAGES, LABEL, Index
 
@@ -153,9 +153,10 @@ class Samples(torch.utils.data.Dataset):
             rng = np.random.default_rng([self.seed, epoch, row, 1])
             if self._on_device and (file := device_decode.jpeg(payload, self.settings, rng)):
                 return file
-            return transforms.training_pixels(payload, self.settings, self.size, rng)
+            pixels = transforms.training_pixels(payload, self.settings, self.size, rng)
         except Exception as error:
             return self._bad(row, "undecodable", f"not decodable ({type(error).__name__}: {error})")
+        return colour.change(pixels, self.settings, rng)  # whose faults are not the file's
 
     def pictures(self, rows: Sequence[int]) -> Iterator[tuple[int, memoryview | Bad]]:
         """Place in `rows` and verified picture file of each sample, in the order in which they lie in the shards.

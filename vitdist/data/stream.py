@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vitdist.config import Batch, Config, Data
-from vitdist.data import storage, transforms
+from vitdist.data import colour, storage, transforms
 from vitdist.data.index import IMAGES
 from vitdist.data.loader import Training, closing, in_processes, worker_count
 from vitdist.data.reader import Bad, DataFailed, MicroBatch
@@ -64,6 +64,7 @@ def open_stream(config: Config, classes: list[str], world: int) -> Training:
     return Training(
         samples=config.data.stream_samples,
         classes=classes,
+        class_counts=None,
         summary={
             "folder": storage.shown(config.data.stream),
             "samples": config.data.stream_samples,
@@ -145,7 +146,7 @@ class _Stream(IterableDataset):
                     payload = next(sample[extension] for extension in IMAGES if extension in sample)
                     labels[slot] = self._label(sample)
                     generator = np.random.default_rng(rng.getrandbits(64))
-                    images[slot] = transforms.training_pixels(payload, self.config.data, size, generator)
+                    pixels = transforms.training_pixels(payload, self.config.data, size, generator)
                     break
                 except Exception as error:  # whatever a picture of unknown origin makes of a decoder
                     detail = f"not usable ({type(error).__name__}: {error})"
@@ -159,6 +160,7 @@ class _Stream(IterableDataset):
                 raise DataFailed(
                     f"100 samples in a row are broken: {bad[-1].key} of {bad[-1].shard} is {bad[-1].detail}"
                 )
+            images[slot] = colour.change(pixels, self.config.data, generator)
         ids = torch.full((len(drawn),), -1)
         return MicroBatch(images, labels, ids, torch.ones(len(drawn), dtype=torch.bool), bad)
 
