@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from tests.ranks import matrix
 from vitdist import model
 from vitdist.config import Lora, Model, Scratch
 from vitdist.optim import groups as optimizer_groups
@@ -131,8 +132,9 @@ def _optim() -> Any:
     return Optim()
 
 
-@every_family
-@pytest.mark.parametrize("size", [48, 24])
+@pytest.mark.parametrize(
+    ("family", "size"), matrix({(f, 48) for f in FAMILIES} | {("vit", 24), ("beit", 24)}, FAMILIES, [48, 24])
+)
 def test_another_size_is_what_transformers_computes_at_that_size(tmp_path: Path, family: str, size: int) -> None:
     original = stock(family)
     net, told = model.build(Model(pretrained=saved(original, tmp_path / "m"), image_size=size), CLASSES, 0)
@@ -333,8 +335,19 @@ def test_freezing_from_below(tmp_path: Path, family: str) -> None:
         model.build(Model(pretrained=folder, image_size=32, freeze=4), ["x", "y"], 0)
 
 
-@every_family
-@pytest.mark.parametrize("targets", ["query-value", "attention", "all-linear"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    matrix(
+        {
+            ("vit", "query-value"),
+            ("deit distilled", "attention"),
+            ("beit", "all-linear"),
+            ("dinov2 swiglu", "all-linear"),
+        },
+        FAMILIES,
+        ["query-value", "attention", "all-linear"],
+    ),
+)
 def test_adapters_learn_and_are_merged(tmp_path: Path, family: str, targets: Any) -> None:
     original = stock(family)
     settings = Model(
