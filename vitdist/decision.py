@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,10 @@ ASKED = (0.9, 0.95, 0.99)
 """Precisions and recalls for which every class gets an operating point."""
 _POINTS = 100
 """Most points of a risk-coverage curve."""
+_TABLED = 200
+"""Classes up to which a summary has its confusion matrix: one of 1,000 is 6 MB of JSON, and there is one already."""
+_ROWS = 4096
+"""Samples whose costs are in memory at once: of 1,000 classes 33 MB."""
 
 
 # ---- one class: a threshold --------------------------------------------------------------------
@@ -50,30 +54,11 @@ def operating_point(
     `scores` [N] of one class, `positive` bool [N]. Equal scores are flagged together. Raises ValueError without
     positive samples.
     """
-    from sklearn.metrics import precision_recall_curve  # 1.3 s of import
-
     if (precision is None) == (recall is None):
         raise ValueError("an operating point is asked for by a precision or by a recall")
-    if not positive.any():
-        raise ValueError("an operating point needs samples of its class")
-    precisions, recalls, thresholds = precision_recall_curve(positive, scores)
-    precisions, recalls = precisions[:-1], recalls[:-1]  # the last point flags nothing
-    given, sought = (precisions, recalls) if precision is not None else (recalls, precisions)
-    asked = precision if precision is not None else recall
-    enough = given >= asked
-    reached = bool(enough.any())
-    if not reached:  # recall 1 always can be: flag all
-        enough = given == given.max()
-    # Of equals the one that gives more of what was asked for.
-    at = max(np.flatnonzero(enough), key=lambda i: (sought[i], given[i]))
-    threshold = thresholds[at]
-    return OperatingPoint(
-        threshold=float(threshold),
-        precision=float(precisions[at]),
-        recall=float(recalls[at]),
-        flagged=float((scores >= threshold).mean()),
-        reached=reached,
-    )
+    given, at = ("precision", precision) if precision is not None else ("recall", recall)
+    assert at is not None
+    return _pick(_curve(scores, positive), given, at)
 
 
 def operating_points(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -81,11 +66,39 @@ def operating_points(probabilities: np.ndarray, labels: np.ndarray, classes: Seq
     rows = []
     for i, name in enumerate(classes):
         if (positive := labels == i).any():
+            curve = _curve(probabilities[:, i], positive)
             for at in ASKED:
-                for given, asked in (("precision", {"precision": at}), ("recall", {"recall": at})):
-                    point = operating_point(probabilities[:, i], positive, **asked)
-                    rows.append({"class": name, "given": given, "at": at, **asdict(point)})
+                for given in ("precision", "recall"):
+                    rows.append({"class": name, "given": given, "at": at, **asdict(_pick(curve, given, at))})
     return rows
+
+
+class _Curve(NamedTuple):
+    """Of every threshold, rising."""
+
+    threshold: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    flagged: np.ndarray
+
+
+def _curve(scores: np.ndarray, positive: np.ndarray) -> _Curve:
+    from sklearn.metrics import precision_recall_curve  # 1.3 s of import
+
+    if not positive.any():
+        raise ValueError("an operating point needs samples of its class")
+    precision, recall, threshold = precision_recall_curve(positive, scores)
+    flagged = 1 - np.searchsorted(np.sort(scores), threshold) / len(scores)
+    return _Curve(threshold, precision[:-1], recall[:-1], flagged)  # the last point flags nothing
+
+
+def _pick(curve: _Curve, given: str, at: float) -> OperatingPoint:
+    had, sought = (curve.precision, curve.recall) if given == "precision" else (curve.recall, curve.precision)
+    reached = bool((had >= at).any())
+    enough = np.flatnonzero(had >= at if reached else had == had.max())
+    # Of equals the one that gives more of what was asked for.
+    best = enough[np.lexsort((had[enough], sought[enough]))[-1]]
+    return OperatingPoint(*(float(column[best]) for column in curve), reached)
 
 
 # ---- all classes: the least expected cost ------------------------------------------------------
@@ -117,9 +130,24 @@ def decide(probabilities: np.ndarray, costs: np.ndarray, unsure: float | None) -
     -1, unsure, where that is expected to cost more than `unsure` (Chow 1970); None decides always. With costs of 1,
     the class is the most probable one, and unsure wherever its probability is below 1 - `unsure`.
     """
-    expected = probabilities.astype(np.float64) @ costs
-    called = expected.argmin(1)
-    return called if unsure is None else np.where(expected.min(1) > unsure, -1, called)
+    called, expected = _cheapest(probabilities, costs)
+    return called if unsure is None else np.where(expected > unsure, -1, called)
+
+
+def _cheapest(probabilities: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The class of least expected cost of each sample, and that cost."""
+    called, expected = np.empty(len(probabilities), np.int64), np.empty(len(probabilities))
+    # Mostly few costs are named: the others, 1, need no matrix, which for 50,000 x 1,000 takes 3 s.
+    special = costs - (1 - np.eye(len(costs)))
+    columns = np.flatnonzero(special.any(0))
+    for first in range(0, len(probabilities), _ROWS):
+        rows = slice(first, first + _ROWS)
+        block = probabilities[rows].astype(np.float64)
+        of_each = block.sum(1, keepdims=True) - block
+        of_each[:, columns] += block @ special[:, columns]
+        called[rows] = of_each.argmin(1)
+        expected[rows] = of_each.min(1)
+    return called, expected
 
 
 @dataclass(frozen=True)
@@ -193,16 +221,16 @@ def summary(probabilities: np.ndarray, labels: np.ndarray, rule: Decision) -> di
     """What `rule` says of samples whose class is known, ready for JSON; None where there is nothing to divide by.
 
     mean_cost is over all samples, unsure ones at their own cost; mean_cost_decided_always is what the same costs
-    come to without `unsure`. In `per_class`, recall counts unsure as missed, recall_decided leaves it out.
+    come to without `unsure`. `confusion` is [C, C + 1], the last column unsure; None of many classes. In `per_class`, recall counts unsure as missed, recall_decided leaves it out.
     """
-    said, costs = rule.decide(probabilities), np.array(rule.costs)
+    costs = np.array(rule.costs)
+    always, expected = _cheapest(probabilities, costs)
+    said = always if rule.unsure is None else np.where(expected > rule.unsure, -1, always)
     decided, right = said >= 0, said == labels
     classes, samples = len(rule.classes), len(labels)
-    # The last column is unsure.
     matrix = np.bincount(labels * (classes + 1) + np.where(decided, said, classes), minlength=classes * (classes + 1))
     matrix = matrix.reshape(classes, classes + 1)
     support, hits, doubts = matrix.sum(1), matrix.diagonal(), matrix[:, classes]
-    always = decide(probabilities, costs, None)
     spent = costs[labels[decided], said[decided]].sum() + (rule.unsure or 0.0) * (~decided).sum()
     return {
         "unsure": rule.unsure,
@@ -212,7 +240,7 @@ def summary(probabilities: np.ndarray, labels: np.ndarray, rule: Decision) -> di
         "accuracy_decided_always": float((always == labels).mean()),
         "mean_cost": float(spent / samples),
         "mean_cost_decided_always": float(costs[labels, always].mean()),
-        "confusion": matrix.tolist(),
+        "confusion": matrix.tolist() if classes <= _TABLED else None,
         "per_class": [
             {
                 "name": name,

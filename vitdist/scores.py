@@ -20,7 +20,7 @@ BINS = 15
 MOST_SAMPLES = 20_000
 """Above it nothing is resampled: the intervals of whole sets are then narrow, those of counts need no resampling."""
 MOST_AUROC = 2_000_000_000
-"""Samples x classes x resamples up to which AUROC is resampled: 7 ns each on one core, so 14 s."""
+"""Samples x classes x resamples up to which AUROC is resampled: 4 ns each on one core, so 8 s."""
 _AT_ONCE = 250
 """Resamples in memory at once: of 20,000 samples 20 MB."""
 _Z = 1.959963984540054
@@ -198,11 +198,14 @@ def _ranked(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) 
         if not len(rest):
             continue
         rest = rest[np.argsort(column[rest], kind="stable")]
-        # Weight of the others up to each place: where it stands before and after a tie, half of each counts.
-        below = np.zeros((len(rest) + 1, weights.shape[1]), np.float32)
-        np.cumsum(weights[rest], axis=0, out=below[1:])
-        ends = [below[np.searchsorted(column[rest], column[own], side)] for side in ("left", "right")]
-        pairs = np.einsum("nr,nr->r", weights[own].astype(float), ends[0].astype(float) + ends[1])
+        # Weight of the others below each sample and up to it: where they differ is a tie, of which half counts.
+        places = [np.searchsorted(column[rest], column[own], side) for side in ("left", "right")]
+        edges = np.unique([0, *np.concatenate(places)])
+        edges = edges[edges < len(rest)]
+        below = np.zeros((len(edges) + 1, weights.shape[1]))
+        np.cumsum(np.add.reduceat(weights[rest], edges, axis=0), axis=0, out=below[1:])
+        under, upto = (below[np.searchsorted(edges, place)] for place in places)
+        pairs = (weights[own] * (under + upto)).sum(0)
         each.append(pairs / (2.0 * own.sum() * len(rest)))
     return {"auroc": np.mean(each, axis=0)} if each else {}
 

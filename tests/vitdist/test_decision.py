@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitdist import decision
@@ -26,6 +26,7 @@ def points(scores: np.ndarray, positive: np.ndarray) -> dict[float, tuple[float,
     return found
 
 
+@settings(deadline=None)  # the first call imports scikit-learn
 @given(FLAGS, st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9, 1.0]), st.booleans())
 def test_an_operating_point_is_the_best_of_all_thresholds(
     pairs: list[tuple[int, bool]], at: float, by_precision: bool
@@ -155,6 +156,23 @@ def test_a_summary_is_what_counting_gives(case: tuple[np.ndarray, np.ndarray, np
         assert row["recall_decided"] == (pytest.approx(hits / (len(mine) - doubts)) if len(mine) > doubts else None)
         assert row["unsure"] == (pytest.approx(doubts / len(mine)) if mine else None)
         assert row["precision"] == (pytest.approx(called_so.count(c) / len(called_so)) if called_so else None)
+
+
+def test_a_summary_of_many_classes_has_no_matrix() -> None:
+    probabilities = np.full((3, 201), 1 / 201)
+    rule = decision.of(Unsure(), [str(i) for i in range(201)])
+    found = decision.summary(probabilities, np.array([0, 1, 200]), rule)
+    assert found["confusion"] is None
+    assert (found["coverage"], found["mean_cost"], found["accuracy_decided"]) == (0, 0.5, None)
+
+
+def test_samples_beyond_one_block_are_decided_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(4), 50)
+    costs = decision.cost_matrix({"a": {"b": 3.0, "c": 0.5}}, "abcd")
+    whole = decision.decide(probabilities, costs, 0.4)
+    assert (whole == -1).any()
+    monkeypatch.setattr(decision, "_ROWS", 7)
+    assert (decision.decide(probabilities, costs, 0.4) == whole).all()
 
 
 @given(FLAGS)
