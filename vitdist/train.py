@@ -34,9 +34,12 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
     from vitdist.data.index import Index
     from vitdist.data.loader import Training
     from vitdist.data.reader import Bad, MicroBatch
+    from vitdist.decision import Decision
     from vitdist.dist import Processes
     from vitdist.engine import Engine
+    from vitdist.loss import Loss
     from vitdist.metrics import Meter
+    from vitdist.model import DropPaths
     from vitdist.tracking import Journal
 
 
@@ -81,9 +84,15 @@ class Session:
     net: "Module"
     """The model, as DeepSpeed holds it now; under ZeRO-3 it has no weights of its own."""
     pixels: Pixels
+    drop_paths: "DropPaths | None"
+    loss: "Loss"
     engine: "Engine"
     identity: "Identity"
     meter: "Meter"
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.training.samples / self.batch.global_batch
 
     def prepare(self, batch: "MicroBatch") -> "Tensor":
         """The pictures of a batch as the model's normalised input [B, 3, S, S] on the device."""
@@ -122,6 +131,7 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
             # the loop
             try:
                 reason = _loop(session, stopping)
+                ended = session.engine.steps
                 summary = None if reason else _export(session, began)
             except DataFailed as error:  # out of a loader process it comes with that one's traceback before it
                 raise TrainingFailed(str(error).strip().splitlines()[-1].split("DataFailed: ")[-1]) from None
@@ -133,7 +143,7 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
                 journal.record(state="stopped", reason=reason, ended=rundir.now())
                 journal.say(f"stopped by {reason} at step {session.engine.steps} of {session.total}, checkpoint saved")
             else:
-                journal.record(state="done", step=session.total, summary=summary, ended=rundir.now())
+                journal.record(state="done", step=ended, summary=summary, ended=rundir.now())
         # The journal is closed, W&B with it, before the ranks part: torchrun kills the ranks that are
         # left 30 s after the first one has gone with a code other than 0.
         if me.first and summary:
@@ -148,13 +158,14 @@ def _assemble(
     run: RunDir, attempt: int, settings: Config, me: "Processes", journal: "Journal"
 ) -> tuple[Session, dict[str, Any]]:
     """Open the data, build the model and its groups, hand them to DeepSpeed; the second value describes them."""
-    from vitdist import checkpoint, metrics, model, optim
+    from vitdist import checkpoint, loss, metrics, model, optim
     from vitdist.data import augment
     from vitdist.engine import Engine  # asks at import which device `dist` chose
 
     batch = config.split_batch(settings.train, me.world)
     augment.check(settings.data, batch.micro_batch)
     training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch))
+    losses = loss.Loss(settings.loss, training.class_counts, training.classes)
     _agree(
         me,
         {
@@ -166,16 +177,20 @@ def _assemble(
     total = config.total_steps(settings.train, batch, training.samples)
 
     settings = settings.model_copy(update={"optim": config.scaled(settings.optim, batch.global_batch)})
-    net, weights = model.build(settings.model, training.classes, settings.train.seed, me.device)
+    net, weights = _on_every_rank(
+        me, lambda: model.build(settings.model, training.classes, settings.train.seed, me.device)
+    )
     pixels = config.pixels(settings, weights.mean, weights.std)
     layer, depth = model.layers(net)
     groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
     meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
     about = {"groups": optim.describe(groups), "model": model.describe(settings.model, net, weights)}
     fingerprint = checkpoint.fingerprint(groups)  # DeepSpeed changes the groups
+    drop_paths = model.drop_paths(net)
 
     engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
     identity = checkpoint.Identity(
+        optimizer=settings.optim.name,
         world=me.world,
         zero=settings.engine.zero,
         precision=engine.precision,
@@ -185,7 +200,22 @@ def _assemble(
         data=training.identity,
     )
     session = Session(
-        run, attempt, settings, me, journal, training, val_set, batch, total, net, pixels, engine, identity, meter
+        run,
+        attempt,
+        settings,
+        me,
+        journal,
+        training,
+        val_set,
+        batch,
+        total,
+        net,
+        pixels,
+        drop_paths,
+        losses,
+        engine,
+        identity,
+        meter,
     )
     return session, about
 
@@ -217,25 +247,33 @@ def _open_data(settings: Config, batch: Batch) -> "tuple[Training, Index]":
 
 def _export(s: Session, began: float) -> dict[str, float]:
     """What a finished run leaves: the last evaluation and the model; returns the figures of the whole run."""
-    from vitdist import export
+    from vitdist import checkpoint, export, model
 
-    s.journal.progress(s.total, "exporting")
-    scores = _evaluate(s)
+    ended = s.engine.steps
+    s.journal.progress(ended, "exporting")
+    scores, rule = _evaluate(s, final=True)
+    best = _judge(s, scores)[0]
+    if s.settings.evaluation.export == "best" and best != ended:
+        checkpoint.load_step(s.run, s.engine, s.me, s.identity, best)
+        s.journal.say(f"back to step {best}, the best by {s.settings.evaluation.best}")
+        scores, rule = _evaluate(s, final=True, log=False)
     counted = f"{scores['samples']:,} of {len(s.val_set):,}"
     s.journal.say(f"evaluated {counted} validation samples, each once")
-    whole = s.engine.full_weights(keep=s.me.first)
+    with s.engine.averaged():
+        whole = s.engine.full_weights(keep=s.me.first)
     if s.me.first:
-        export.write(s.run.model, s.net, whole, s.pixels)
+        evaluation = rundir.read_json(s.run.evaluation)
+        assert evaluation is not None
+        card = export.card(s.run.name, config.load(s.run.config), rundir.state(s.run), evaluation, s.pixels)
+        export.write(s.run.model, model.finished(s.net, whole), s.pixels, card, rule)
     return {**scores, "images_per_s": s.meter.images_per_s, "seconds": time.monotonic() - began}
 
 
 def _loop(s: Session, stopping: StopRequest) -> str | None:
     """Update until the last step; returns None, or the signal that stopped it after a checkpoint."""
-    settings = s.settings
-    evaluate_every = max(
-        1, round((settings.evaluation.every_epochs or 1.0) * s.training.samples / s.batch.global_batch)
-    )
-    save_every = settings.checkpoint.every_steps or evaluate_every
+    settings = s.settings.evaluation
+    evaluate_every = settings.every_steps or max(1, round((settings.every_epochs or 1.0) * s.steps_per_epoch))
+    save_every = s.settings.checkpoint.every_steps or evaluate_every
     with contextlib.closing(s.training.batches(s.batch, s.me.rank, s.engine.steps, s.me.local_world)) as batches:
         return _steps(s, batches, stopping, evaluate_every, save_every)
 
@@ -249,7 +287,8 @@ def _steps(
     broken = Broken()
     in_a_row = 0
     engine.train()
-    while engine.steps < s.total:
+    _, exhausted = _standing(s)  # a run that was interrupted after its early end
+    while engine.steps < s.total and not exhausted:
         skipped = engine.skipped
         losses.append(_update(s, batches, broken))
         step = engine.steps
@@ -268,9 +307,14 @@ def _steps(
                 _save(s)
             # After the last step the end of the run evaluates, also when it was resumed there.
             if step % evaluate_every == 0 and not last and not stop_now:
-                _evaluate(s)
+                best, exhausted = _judge(s, _evaluate(s)[0])
+                if best == step or exhausted:
+                    _save(s)
         if stop_now:
             return next(reason for reason in s.me.gather(stopping.reason) if reason)
+    if exhausted:
+        patience, metric = settings.evaluation.patience, settings.evaluation.best
+        s.journal.say(f"{patience} evaluations brought no better {metric}: ends at step {engine.steps} of {s.total}")
     return None
 
 
@@ -284,19 +328,25 @@ def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken) -> "Ten
     from vitdist.data.order import rank_slots
 
     total_loss, data, step = torch.zeros((), device=s.me.device), s.settings.data, s.engine.steps
+    seed, batch = s.settings.train.seed, s.batch
     # Skipped updates do not advance the schedule: it counts the applied ones.
-    s.engine.set_lr(optim.schedule(s.engine.steps - s.engine.skipped, s.total, s.settings.optim))
-    for part in range(s.batch.accumulation):
-        asked = time.monotonic()
-        micro = next(batches)
-        s.meter.waited(time.monotonic() - asked)
+    applied = s.engine.steps - s.engine.skipped
+    s.engine.set_lr(optim.schedule(applied, s.total, s.settings.optim, s.steps_per_epoch))
+    asked = time.monotonic()
+    micros = [next(batches) for _ in range(batch.accumulation)]
+    s.meter.waited(time.monotonic() - asked)
+    share = _share_of_a_sample(s, micros)
+    for part, micro in enumerate(micros):
         images, target = s.prepare(micro), micro.labels.to(s.me.device, non_blocking=True)
-        slots = rank_slots(step, part, s.me.rank, s.batch)
-        plan = augment.plan(data, s.settings.train.seed, step, slots, s.batch.global_batch, images.shape[-1])
+        slots = rank_slots(step, part, s.me.rank, batch)
+        plan = augment.plan(data, seed, step, slots, batch.global_batch, images.shape[-1])
         if plan:
             images, target = augment.apply(plan, images, F.one_hot(target, len(s.training.classes)).float())
+        if s.drop_paths:
+            s.drop_paths.draw(seed, step, slots, batch.global_batch)
         logits = s.engine.forward(images).float()
-        loss = F.cross_entropy(logits, target, label_smoothing=s.settings.loss.label_smoothing)
+        # DeepSpeed takes the mean over micro-batches and ranks: so that their sum is left, each counts as often.
+        loss = s.loss(logits, target).sum() * (share * batch.accumulation * batch.world)
         s.engine.backward(loss)
         s.engine.step()
         total_loss += loss.detach()
@@ -304,7 +354,18 @@ def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken) -> "Ten
         for bad in micro.bad:
             print(f"step {step}: replaced sample {bad.key} of {bad.shard}: {bad.detail}", file=sys.stderr)
     s.meter.step()
-    return total_loss / s.batch.accumulation
+    return total_loss / batch.accumulation
+
+
+def _share_of_a_sample(s: Session, micros: "list[MicroBatch]") -> float:
+    """What one sample of weight 1 counts in the loss of a global batch: 1 / (sum of the weights over all ranks)."""
+    import torch
+
+    if not s.loss.weighted:
+        return 1 / s.batch.global_batch
+    # Mixing does not change the sum: what a sample gives away, its partner, of the same micro-batch, gets.
+    mine = sum((s.loss.weight(micro.labels).double().sum() for micro in micros), torch.zeros((), dtype=torch.float64))
+    return 1 / max(float(s.me.sum(mine)), 1e-12)
 
 
 def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
@@ -360,31 +421,70 @@ def _note_broken(s: Session, broken: Broken) -> None:
     broken.new.clear()
 
 
-def _evaluate(s: Session) -> dict[str, float]:
-    """Evaluate, publish the result, log a row."""
+def _evaluate(s: Session, final: bool = False, log: bool = True) -> "tuple[dict[str, float], Decision | None]":
+    """Evaluate, publish the result, log a row; returns metrics and, on rank 0, the rule that says `unsure`.
+
+    `final`: with all that takes long, such as intervals.
+    """
     from vitdist import evaluate
     from vitdist.data import loader
 
-    s.journal.progress(s.engine.steps, "evaluating")
-    size = s.settings.evaluation.batch or 2 * s.batch.micro_batch
+    step, settings, classes = s.engine.steps, s.settings.evaluation, s.val_set.classes
+    s.journal.progress(step, "evaluating")
+    size = settings.batch or 2 * s.batch.micro_batch
     batches = loader.evaluation_batches(s.val_set, s.settings, s.me.rank, s.me.world, size, s.me.local_world)
     s.engine.eval()
-    result = evaluate.evaluate(s.engine.forward, batches, s.prepare, len(s.val_set.classes), len(s.val_set), s.me)
+    whole = final or settings.best == "auroc"
+    with s.engine.averaged():
+        result = evaluate.evaluate(
+            s.engine.forward, batches, s.prepare, len(classes), len(s.val_set), s.me, settings.tta, whole
+        )
     s.engine.train()
-    s.journal.bad_samples(s.engine.steps, "val", result.bad)
-    s.journal.row(s.engine.steps, {f"val/{name}": value for name, value in result.metrics.items()})
+    s.journal.bad_samples(step, "val", result.bad)
+    if log:
+        s.journal.row(step, {f"val/{name}": value for name, value in result.metrics.items()})
     if not math.isfinite(result.metrics["loss"]):
-        raise TrainingFailed(f"the validation loss is {result.metrics['loss']} at step {s.engine.steps}: {_REMEDY}")
+        raise TrainingFailed(f"the validation loss is {result.metrics['loss']} at step {step}: {_REMEDY}")
+    rule = evaluate.publish(s.run, step, result, classes, settings, final) if s.me.first else None
+    return result.metrics, rule
+
+
+def _judge(s: Session, scores: dict[str, float]) -> tuple[int, bool]:
+    """Remember an evaluation; returns where the run stands with it."""
+    from vitdist import selection
+
     if s.me.first:
-        evaluate.publish(s.run, s.engine.steps, result, s.val_set.classes)
-    return result.metrics
+        selection.record(s.run, s.engine.steps, scores)
+    return _standing(s)
+
+
+def _standing(s: Session) -> tuple[int, bool]:
+    """The step of the best evaluation so far (the present one before any), and whether the patience is exhausted."""
+    return s.me.from_first((_best(s), _exhausted(s)) if s.me.first else None)
+
+
+def _best(s: Session) -> int:
+    from vitdist import selection
+
+    metric = s.settings.evaluation.best
+    found = selection.best(selection.history(s.run, metric, s.engine.steps), metric)
+    return found[0] if found else s.engine.steps
+
+
+def _exhausted(s: Session) -> bool:
+    from vitdist import selection
+
+    settings = s.settings.evaluation
+    history = selection.history(s.run, settings.best, s.engine.steps)
+    return selection.exhausted(history, settings.best, settings.patience)
 
 
 def _save(s: Session) -> None:
     from vitdist import checkpoint
 
     s.journal.progress(s.engine.steps, "saving")
-    checkpoint.save(s.run, s.engine, s.me, s.identity, s.attempt, s.settings.checkpoint.keep)
+    best = _best(s) if s.me.first else None
+    checkpoint.save(s.run, s.engine, s.me, s.identity, s.attempt, s.settings.checkpoint.keep, best=best)
     s.journal.record(step=s.engine.steps)
 
 
