@@ -88,7 +88,7 @@ def _curve(scores: np.ndarray, positive: np.ndarray) -> _Curve:
     if not positive.any():
         raise ValueError("an operating point needs samples of its class")
     precision, recall, threshold = precision_recall_curve(positive, scores)
-    flagged = 1 - np.searchsorted(np.sort(scores), threshold) / len(scores)
+    flagged = (len(scores) - np.searchsorted(np.sort(scores), threshold)) / len(scores)
     return _Curve(threshold, precision[:-1], recall[:-1], flagged)  # the last point flags nothing
 
 
@@ -98,7 +98,8 @@ def _pick(curve: _Curve, given: str, at: float) -> OperatingPoint:
     enough = np.flatnonzero(had >= at if reached else had == had.max())
     # Of equals the one that gives more of what was asked for.
     best = enough[np.lexsort((had[enough], sought[enough]))[-1]]
-    return OperatingPoint(*(float(column[best]) for column in curve), reached)
+    threshold, precision, recall, flagged = (float(column[best]) for column in curve)
+    return OperatingPoint(threshold, precision, recall, flagged, reached)
 
 
 # ---- all classes: the least expected cost ------------------------------------------------------
@@ -221,7 +222,8 @@ def summary(probabilities: np.ndarray, labels: np.ndarray, rule: Decision) -> di
     """What `rule` says of samples whose class is known, ready for JSON; None where there is nothing to divide by.
 
     mean_cost is over all samples, unsure ones at their own cost; mean_cost_decided_always is what the same costs
-    come to without `unsure`. `confusion` is [C, C + 1], the last column unsure; None of many classes. In `per_class`, recall counts unsure as missed, recall_decided leaves it out.
+    come to without `unsure`. `confusion` is [C, C + 1], the last column unsure; None of many classes. In `per_class`,
+    recall counts unsure as missed, recall_decided leaves it out.
     """
     costs = np.array(rule.costs)
     always, expected = _cheapest(probabilities, costs)

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 from sklearn import metrics as reference
@@ -95,6 +95,7 @@ def test_wilson_takes_arrays_and_knows_nothing_of_nothing() -> None:
     assert np.isnan(ends[2]).all()
 
 
+@settings(max_examples=25, deadline=None)  # scikit-learn takes 30 ms an example
 @given(st.integers(2, 4), st.integers(2, 40), st.integers(0, 10**6))
 def test_resamples_keep_every_class_and_are_scored_as_scikit_learn_scores_weights(
     classes: int, samples: int, seed: int
