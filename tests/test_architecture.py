@@ -14,6 +14,7 @@ OWNERS = {
     "deepspeed": {"vitdist/engine.py"},
     "transformers": {"vitdist/model.py", "vitdist/export.py"},
     "peft": {"vitdist/model.py"},
+    "timm": {"vitdist/data/colour.py", "vitdist/optim.py"},
     "wandb": {"vitdist/tracking.py"},
     "webdataset": {"vitdist/data/pack.py", "vitdist/data/reader.py", "vitdist/data/stream.py"},
     "fsspec": {"vitdist/data/storage.py"},

@@ -3,6 +3,8 @@
 python -m pytest tests/vitdist/data/test_augment.py
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from vitdist.data import augment
 SIZE, TOTAL, CLASSES = 12, 24, 5
 
 
-def settings(**values: float) -> Data:
+def settings(**values: Any) -> Data:
     return Data(train="-", val="-", **values)
 
 
@@ -27,15 +29,16 @@ def batch(step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 ALL = settings(mixup=0.8, cutmix=1.0, mix_chance=0.8, erase=0.5)
 
 
+@pytest.mark.parametrize("by", ["pair", "batch"])
 @pytest.mark.parametrize("micro", [2, 4, 6, 12, 24])
-def test_splitting_a_batch_changes_nothing(micro: int) -> None:
+def test_splitting_a_batch_changes_nothing(micro: int, by: str) -> None:
     images, targets = batch()
-    start = 3 * TOTAL
-    plan = augment.plan(ALL, 7, 3, (start, start + TOTAL), TOTAL, SIZE)
+    start, how = 3 * TOTAL, ALL.model_copy(update={"mix_by": by})
+    plan = augment.plan(how, 7, 3, (start, start + TOTAL), TOTAL, SIZE)
     whole = augment.apply(plan, images, targets)
     for first in range(0, TOTAL, micro):
         slots = (start + first, start + first + micro)
-        part = augment.plan(ALL, 7, 3, slots, TOTAL, SIZE)
+        part = augment.plan(how, 7, 3, slots, TOTAL, SIZE)
         got = augment.apply(part, images[first : first + micro], targets[first : first + micro])
         for ours, expected in zip(got, whole, strict=True):
             assert torch.equal(ours, expected[first : first + micro])
@@ -117,6 +120,55 @@ def test_erasing_sets_the_mean_and_leaves_targets() -> None:
         assert torch.equal(erased[i][:, ~gone], images[i][:, ~gone])
         top, left, bottom, right = (plan.erased[i] * SIZE).round().astype(int).tolist()
         assert gone.sum() == (bottom - top) * (right - left) > 0
+
+
+def test_draws_of_pairs_are_what_they_were() -> None:
+    """Runs of before go on alike: the plan of ALL as the first version made it."""
+    plan = augment.plan(ALL, 7, 3, (3 * TOTAL, 3 * TOTAL + 8), TOTAL, SIZE)
+    assert plan.kept[::2].tolist() == pytest.approx([1, 0.57968217, 1 - 8 * 7 / 144, 1 - 8 * 6 / 144])
+    assert plan.blended.tolist() == [False, False, True, True, False, False, False, False]
+    boxes = [[0, 0, 0, 0], [0, 0, 0, 0], [0, 5, 8, 12], [4, 0, 12, 6]]
+    assert (plan.pasted[::2] * SIZE).round().astype(int).tolist() == boxes
+
+
+def test_a_batch_may_be_mixed_as_one() -> None:
+    """One kind, share and box for all; over 300 steps the kinds and shares come as for pairs."""
+    how, found = ALL.model_copy(update={"mix_by": "batch"}), []
+    for step in range(300):
+        slots = (step * TOTAL, (step + 1) * TOTAL)
+        plan = augment.plan(how, 1, step, slots, TOTAL, 224)
+        assert all(len(np.unique(values, axis=0)) == 1 for values in plan[:3])
+        assert len(np.unique(plan.erased, axis=0)) > 1  # erasing stays each sample's own
+        found.append((plan.kept[0], plan.blended[0], plan.pasted[0].any()))
+    kept, blended, pasted = np.array(found).T
+    assert (blended + pasted).mean() == pytest.approx(0.8, abs=0.08)
+    assert blended.mean() == pytest.approx(0.4, abs=0.1)
+    assert kept[blended == 1].mean() == pytest.approx(0.5, abs=0.1)
+    odd = augment.plan(how.model_copy(update={"mixup": 0.0, "cutmix": 0.0}), 1, 0, (0, 5), 5, 224)
+    assert odd.kept.tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing_is_timms(kind: str) -> None:
+    """timm's Mixup of one pair at a time, as it takes the batch backwards for partners, given our share and box."""
+    from timm.data.mixup import Mixup
+
+    images, targets = batch()
+    ours = augment.plan(settings(**{kind: 1.0}), 0, 0, (0, TOTAL), TOTAL, SIZE)
+    mixed, soft = augment.apply(ours, images, targets)
+    for first in range(0, TOTAL, 2):
+        theirs = Mixup(mixup_alpha=float(kind == "mixup"), cutmix_alpha=float(kind == "cutmix"), label_smoothing=0.0,
+                       num_classes=CLASSES)  # fmt: skip
+        top, left, bottom, right = (ours.pasted[first] * SIZE).round().astype(int).tolist()
+        share = float(ours.kept[first])
+        theirs._params_per_batch = lambda share=share: (share, kind == "cutmix")
+        with pytest.MonkeyPatch.context() as patch:
+            box = (top, bottom, left, right)
+            patch.setattr("timm.data.mixup.cutmix_bbox_and_lam", lambda *_, box=box, share=share, **__: (box, share))
+            pair = slice(first, first + 2)
+            expected, expected_soft = theirs(images[pair].clone(), targets[pair].argmax(1))
+        torch.testing.assert_close(mixed[pair], expected)
+        torch.testing.assert_close(soft[pair], expected_soft)
 
 
 def test_half_precision_stays_half() -> None:

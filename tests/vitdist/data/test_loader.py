@@ -11,7 +11,7 @@ from PIL import Image
 
 from vitdist.config import Batch, Config, Data, Model, Scratch, Train
 from vitdist.data.index import Index
-from vitdist.data.loader import class_shares, evaluation_batches, open_training, worker_count
+from vitdist.data.loader import class_counts, class_shares, evaluation_batches, open_training, worker_count
 from vitdist.data.order import of_sets
 from vitdist.data.pack import pack
 from vitdist.data.storage import Storage
@@ -93,6 +93,16 @@ def test_pixels_are_the_same(
         assert torch.equal(ours, expected[start * GLOBAL :])
 
 
+@pytest.mark.parametrize("auto_augment", ["rand-m9-mstd0.5-inc1", "trivial"])
+def test_augmented_pixels_are_the_same(index: Index, auto_augment: str) -> None:
+    how = {"auto_augment": auto_augment, "colour_jitter": 0.3}
+    whole = global_batches(settings(index, **how), 1, 1, 0, 5)[0]
+    assert not torch.equal(whole, global_batches(settings(index), 1, 1, 0, 5)[0])
+    for world, accumulation, workers, start in ((1, 1, 2, 0), (2, 3, 0, 0), (3, 1, 1, 3)):
+        got = global_batches(settings(index, workers, **how), world, accumulation, start, 5 - start)[0]
+        assert torch.equal(got, whole[start * GLOBAL :])
+
+
 def test_stream_is_that_of_the_order(index: Index, straight: tuple[torch.Tensor, ...]) -> None:
     _, labels, ids = straight
     order = of_sets([index.labels], [1.0], None, 0, index.digest, GLOBAL)
@@ -150,6 +160,27 @@ def test_class_shares() -> None:
         class_shares({"c": 3.0}, ["a", "b"], [9, 4])
 
 
+@pytest.mark.parametrize("shares", ["natural", "balanced", "sqrt", {"c0": 0, "c1": 2, "c2": 1}])
+@pytest.mark.parametrize("sets", [1, 2])
+def test_class_counts_are_what_comes(index: Index, other: Index, shares: str | dict[str, float], sets: int) -> None:
+    train = index.folder if sets == 1 else {index.folder: 1.0, other.folder: 3.0}
+    training = open_training(settings(index, train=train, class_shares=shares), GLOBAL)
+    assert sum(training.class_counts) == pytest.approx(training.samples)
+    if sets == 1 and shares == "natural":
+        assert training.class_counts == index.counts
+    labels = global_batches(settings(index, train=train, class_shares=shares), 1, 1, 0, 50)[1]
+    found = torch.bincount(labels, minlength=3) / len(labels)
+    expected = [count / training.samples for count in training.class_counts]
+    assert found.tolist() == pytest.approx(expected, abs=0.01)
+
+
+def test_class_counts_of_sets() -> None:
+    assert class_counts([[9, 3]], [1.0], None, 12) == [9, 3]
+    assert class_counts([[9, 3]], [1.0], [1.0, 1.0], 12) == [6, 6]
+    assert class_counts([[9, 3], [0, 8]], [1.0, 3.0], None, 20) == [3.75, 1.25 + 15]
+    assert class_counts([[9, 3], [0, 0]], [2.0, 0.0], None, 12) == [9, 3]  # a set that is switched off may be empty
+
+
 def test_the_first_batch_after_a_resume_reads_no_more_than_at_the_start(
     index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +228,7 @@ def test_evaluation_may_be_repeated(index: Index) -> None:
 
 def test_loading_leaves_the_global_generators_alone(index: Index) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    global_batches(settings(index), 1, 1, 0, 1)
+    global_batches(settings(index, auto_augment="trivial", colour_jitter=0.3), 1, 1, 0, 1)
     list(evaluation_batches(index, settings(index), 0, 1, 25))
     assert torch.equal(before[0], torch.get_rng_state())
     np.testing.assert_array_equal(before[1], np.random.get_state()[1])

@@ -128,6 +128,24 @@ def test_pixels_depend_on_seed_epoch_and_sample_only(shards: Index) -> None:
     assert not torch.equal(batch.images, other_seed.images)
 
 
+def test_a_fault_of_an_augmentation_is_none_of_the_sample(shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would pass for a broken file, be replaced, and never be heard of."""
+
+    def fails(*_: object) -> None:
+        raise ValueError("bits must be between or equal to 1 and 8")
+
+    samples = Samples(shards, SETTINGS.model_copy(update={"auto_augment": "3a"}), 16, 0, training=True)
+    monkeypatch.setattr("vitdist.data.colour._policy", lambda *_: fails)
+    with pytest.raises(ValueError, match="bits must be"):
+        samples.__getitems__([(0, 1)])
+
+
+def test_evaluation_changes_no_colours(shards: Index) -> None:
+    changing = SETTINGS.model_copy(update={"auto_augment": "trivial", "colour_jitter": 0.5})
+    plain, same = (Samples(shards, how, 16, 0, training=False).__getitems__([(0, 1)]) for how in (SETTINGS, changing))
+    assert torch.equal(plain.images, same.images)
+
+
 def test_broken_samples_are_replaced_in_training(shards: Index) -> None:
     straight = Samples(shards, SETTINGS, 16, 0, training=True)
     wanted = [(0, i) for i in range(24)]

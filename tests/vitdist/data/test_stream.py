@@ -77,6 +77,18 @@ def test_a_broken_picture_is_replaced_and_named(shards: Path, tmp_path: Path) ->
     assert all(label != 0 for batch in drawn for label in batch.labels.tolist())
 
 
+def test_colours_are_changed_here_too_and_classes_are_not_counted(shards: Path) -> None:
+    place, batch = f"{shards}/{{0..3}}.tar", Batch(global_batch=4, micro_batch=4, accumulation=1, world=1)
+    pictures = []
+    for more in ({}, {"auto_augment": "trivial", "colour_jitter": 0.5}):
+        training = open_stream(settings(place, workers=0, **more), CLASSES, 1)
+        assert training.class_counts is None
+        pictures.append(next(training.batches(batch, 0, 0, 1)).images)
+    assert not torch.equal(*pictures)
+    again = next(open_stream(settings(place, workers=0, **more), CLASSES, 1).batches(batch, 0, 0, 1))
+    assert torch.equal(pictures[1], again.images)
+
+
 def test_too_few_shards_and_no_samples(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 shards cannot feed 5 ranks"):
         batches(f"{shards}/{{0..3}}.tar", 5, 0, 1)
