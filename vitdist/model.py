@@ -12,6 +12,7 @@ off the tree of modules, not off prefixes of names: transformers renamed `vit.en
 """
 
 import math
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -200,11 +201,11 @@ def _from_folder(source: str, device: str) -> tuple[Any, Weights]:
     logging.set_verbosity_error()  # its report of loading is many lines; ours is one
     logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         family, made_for = config.model_type, config.architectures or []
         config_class, net_class = _classes(family)
         if family == "vit_mae":
-            config = config_class(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+            config = config_class(**{name: getattr(config, name) for name in (*_OF_ANY_VIT, "qkv_bias")})
         if "DeiTForImageClassificationWithTeacher" in made_for:  # two heads, whose mean is the answer
             net_class = transformers.DeiTForImageClassificationWithTeacher
         config.image_size, config.patch_size = _side(config.image_size), _side(config.patch_size)
@@ -216,7 +217,9 @@ def _from_folder(source: str, device: str) -> tuple[Any, Weights]:
         net, info = net_class.from_pretrained(
             source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(foreign.unreadable(source, error)) from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         remedy = " (without a network: fetch it once where there is one, `hf download ID`, and give the folder)"
         raise ValueError(

@@ -9,7 +9,6 @@ transformers' classes is an error, never left out. A pickle is opened with `weig
 
 import argparse
 import math
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -71,15 +70,8 @@ def read(path: str | Path, shapes_only: bool = False) -> dict[str, Tensor]:
                 found = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"model.pretrained {path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, _safetensors_error()) as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise ValueError(
-                f"model.pretrained {path}: this pickle asks for {code[1]}, which is no tensor and may run code; it was "
-                "not opened: take a .safetensors of it, or save its state_dict alone where you trust it"
-            ) from None
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ValueError(f"model.pretrained {path}: torn, or no file of weights ({reason[:150]})") from None
+    except Exception as error:  # unpickling what is torn raises anything
+        raise ValueError(unreadable(path, error)) from None
     while isinstance(found, Mapping):
         inner = next((found[key] for key in ("model", "state_dict", "teacher") if _is_state(found.get(key))), None)
         if inner is None:
@@ -99,10 +91,16 @@ def _safetensors(path: str | Path, shapes_only: bool) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
+def unreadable(source: str | Path, error: Exception) -> str:
+    """Why weights could not be read, in one line: the text of the ValueError to raise."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code:
+        return (
+            f"model.pretrained {source}: this pickle asks for {code[1]}, which is no tensor and may run code; it was "
+            "not opened: take a .safetensors of it, or save its state_dict alone where you trust it"
+        )
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return f"model.pretrained {source}: torn, or no file of weights ({reason[:150]})"
 
 
 def _is_state(found: Any) -> bool:
@@ -144,10 +142,7 @@ def convert(tensors: Mapping[str, Tensor], settings: Model) -> Held:
     check_finite(tensors, path)
     own, ignored = _own_names(tensors, path)
     own = _split(own)
-    if "patch_embed.proj.weight" not in own or "cls_token" not in own:
-        raise ValueError(f"model.pretrained {path}: a ViT needs patch_embed.proj and cls_token; one is not in the file")
-    if own["patch_embed.proj.weight"].shape[1] != 3:
-        raise ValueError(f"model.pretrained {path}: takes {own['patch_embed.proj.weight'].shape[1]} channels, not 3")
+    _check(own, path)
     family = _family(own, settings)
     shape = _shape(own, family, settings)
     own["cls_token"] = own["cls_token"].reshape(1, 1, -1)
@@ -165,6 +160,23 @@ def convert(tensors: Mapping[str, Tensor], settings: Model) -> Held:
         )
     kept_out = [name for name in left if not name.endswith("attn.k.bias")]
     return Held(family, shape, taken, sorted([*ignored, *kept_out]))
+
+
+def _check(own: Mapping[str, Tensor], path: str) -> None:
+    """Raises ValueError if what the shape is read off is not there, or not of a ViT's dimensions."""
+    mlp = "blocks.0.mlp.gate.weight" if "blocks.0.mlp.gate.weight" in own else "blocks.0.mlp.fc1.weight"
+    dimensions = {"patch_embed.proj.weight": 4, mlp: 2, "cls_token": None, "pos_embed": 3, "register_tokens": 3}
+    for name, expected in dimensions.items():
+        if name not in own and name not in ("pos_embed", "register_tokens"):
+            raise ValueError(f"model.pretrained {path}: a ViT needs {name}, which is not in the file")
+        if name in own and expected and own[name].ndim != expected:
+            raise ValueError(f"model.pretrained {path}: {name} is {list(own[name].shape)}, which is no ViT's")
+    if own["patch_embed.proj.weight"].shape[1] != 3:
+        raise ValueError(f"model.pretrained {path}: takes {own['patch_embed.proj.weight'].shape[1]} channels, not 3")
+    numbers = sorted({int(number[1]) for name in own if (number := re.match(r"blocks\.(\d+)\.", name))})
+    if numbers != list(range(len(numbers))):
+        gap = next(i for i, number in enumerate(numbers) if i != number)
+        raise ValueError(f"model.pretrained {path}: has block {numbers[-1]}, but no block {gap}")
 
 
 def _own_names(tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -253,7 +265,7 @@ def _family(own: Mapping[str, Tensor], settings: Model) -> str:
 def _shape(own: Mapping[str, Tensor], family: str, settings: Model) -> dict[str, Any]:
     """Arguments of the configuration, from shapes and settings."""
     width, _, patch, _ = own["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in own if name.startswith("blocks."))
+    depth = len({name.split(".")[1] for name in own if name.startswith("blocks.")})
     asked = _asked(settings, width, "blocks.0.mlp.gate.weight" in own)
     head = own.get("head.weight")
     shape: dict[str, Any] = {

@@ -451,7 +451,7 @@ def _spoil(value: float) -> Callable[[Path], None]:
         (_edit({"model_type": "resnet"}), "is a model of type 'resnet', not one of: vit, vit_mae"),
         (_edit({"model_type": "vti"}), "cannot be loaded"),
         (_edit({"image_size": [32, 64]}), "is not for square pictures"),
-        (_tear, "cannot be loaded"),
+        (_tear, "torn, or no file of weights"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
         (_spoil(float("nan")), r"NaN or infinite values in vit\.layers\.1\.mlp\.fc1\.weight"),

@@ -1,13 +1,18 @@
 """Files of weights with foreign names: logits as timm's, and every fault named in one line."""
 
 import argparse
+import contextlib
+import functools
 import os
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.beit import Beit
@@ -46,8 +51,8 @@ def write(folder: Path, tensors: Any, name: str = "w.safetensors") -> str:
 
 def opened(path: str, size: int = 32, classes: list[str] | None = None, **changes: Any) -> tuple[Any, model.Weights]:
     """The file as the model that evaluates it: with its own head."""
-    settings = Model(pretrained=path, image_size=size, **(TOLD | changes))
-    return model.build(settings, classes or CLASSES, 0, exact_head=True)
+    asked = Model(pretrained=path, image_size=size, **(TOLD | changes))
+    return model.build(asked, classes or CLASSES, 0, exact_head=True)
 
 
 def pictures(size: int = 32) -> Tensor:
@@ -133,8 +138,8 @@ def test_a_distilled_deit_answers_with_the_mean_of_both_heads(tmp_path: Path) ->
     assert not told.missing
     same(net, reference)
     for size, kept in ((32, True), (48, False)):
-        settings = Model(pretrained=str(tmp_path / "deit.pth"), image_size=size, **TOLD)
-        net, told = model.build(settings, ["x", "y"], 0)
+        asked = Model(pretrained=str(tmp_path / "deit.pth"), image_size=size, **TOLD)
+        net, told = model.build(asked, ["x", "y"], 0)
         assert net(pixel_values=pictures(size)).logits.shape == (3, 2)
         assert bool(told.resized) is not kept
 
@@ -208,8 +213,8 @@ def test_what_is_wrapped_around_a_vit(tmp_path: Path, wrap: str) -> None:
         "teacher": {"teacher": dino | {"head.mlp.0.weight": torch.ones(2, 2)}, "student": {}},
         "student namespace": {"model": state, "args": argparse.Namespace(lr=1e-3)},
     }
-    settings = Model(pretrained=write(tmp_path, around[wrap], "w.pth"), image_size=32, **TOLD)
-    net, told = model.build(settings, CLASSES, 0)
+    asked = Model(pretrained=write(tmp_path, around[wrap], "w.pth"), image_size=32, **TOLD)
+    net, told = model.build(asked, CLASSES, 0)
     if wrap == "teacher":
         assert told.ignored == ["head.mlp.0.weight"]
         assert told.missing == ["classifier.bias", "classifier.weight"]
@@ -248,9 +253,9 @@ def test_half_precision_in_a_file_becomes_single(tmp_path: Path) -> None:
 
 def test_a_skeleton_of_a_file_reads_shapes_alone(tmp_path: Path) -> None:
     for name, state in (("w.safetensors", timm().state_dict()), ("w.pth", {"model": timm().state_dict()})):
-        settings = Model(pretrained=write(tmp_path, state, name), image_size=48, pool="mean", **TOLD)
-        bones = model.skeleton(settings, 7)
-        net, _ = model.build(settings, list("1234567"), 0)
+        asked = Model(pretrained=write(tmp_path, state, name), image_size=48, pool="mean", **TOLD)
+        bones = model.skeleton(asked, 7)
+        net, _ = model.build(asked, list("1234567"), 0)
         assert all(p.is_meta for p in bones.parameters())
         shapes = {n: p.shape for n, p in bones.named_parameters()}
         assert shapes == {n: p.shape for n, p in net.named_parameters()}
@@ -326,7 +331,9 @@ def test_names_of_transformers_ask_for_the_folder(tmp_path: Path) -> None:
         ("blocks.0.attn.qkv.weight", lambda t: t * float("nan"), "NaN or infinite values in blocks.0.attn.qkv.weight"),
         ("pos_embed", lambda t: t[:, :-2], "pos_embed has 15 positions"),
         ("patch_embed.proj.weight", lambda t: t[:, :1], "takes 1 channels, not 3"),
-        ("cls_token", lambda t: None, "needs patch_embed.proj and cls_token"),
+        ("patch_embed.proj.weight", lambda t: t.flatten(1), "patch_embed.proj.weight is [32, 192], which is no ViT's"),
+        ("cls_token", lambda t: None, "needs cls_token, which is not in the file"),
+        ("blocks.0.mlp.fc1.weight", lambda t: None, "needs blocks.0.mlp.fc1.weight, which is not in the file"),
     ],
 )
 def test_one_tensor_at_fault_is_named(tmp_path: Path, name: str, change: Any, told: str) -> None:
@@ -350,6 +357,45 @@ def test_networks_that_transformers_cannot_express_are_refused(
     tmp_path: Path, changes: dict[str, Any], told: str
 ) -> None:
     assert told in refusal(write(tmp_path, timm(**changes).state_dict()))
+
+
+def test_a_block_that_is_not_there_is_named(tmp_path: Path) -> None:
+    state = {name: t for name, t in timm(depth=3).state_dict().items() if not name.startswith("blocks.1.")}
+    assert "has block 2, but no block 1" in refusal(write(tmp_path, state))
+
+
+def test_a_folder_with_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    net, _ = opened(write(tmp_path, timm().state_dict()))
+    net.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(net.state_dict() | {"bomb": Bomb(tmp_path / "ran")}, tmp_path / "hf" / "pytorch_model.bin")
+    assert "asks for posix.mkdir" in refusal(str(tmp_path / "hf"), heads=None, layer_norm_eps=None, activation=None)
+    assert not (tmp_path / "ran").exists()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_no_damage_gives_another_error_than_a_refusal(data: st.DataObject) -> None:
+    """A byte changed in the header, or the file cut: it is refused, or what it says is still a ViT."""
+    name, raw = data.draw(st.sampled_from(sorted(_whole().items())))
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw)))]
+    else:
+        place = data.draw(st.integers(0, 4000))
+        raw = raw[:place] + bytes([data.draw(st.integers(0, 255))]) + raw[place + 1 :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(raw)
+        with contextlib.suppress(ValueError):
+            held = weights.convert(weights.read(path), Model(pretrained=str(path), image_size=32, **TOLD))
+            assert held.family == "vit"
+
+
+@functools.cache
+def _whole() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {n: write(Path(folder), timm(depth=1).state_dict(), n) for n in ("w.safetensors", "w.pth")}
+        return {name: Path(path).read_bytes() for name, path in paths.items()}
 
 
 def test_a_head_of_another_size_with_keep(tmp_path: Path) -> None:
