@@ -124,6 +124,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
     """Hub and spokes: a room of vitdist/ imports the ground floor, its own folder, and few others by name."""
     ground = {"vitdist", "vitdist.config", "vitdist.rundir", "vitdist.stop", "vitdist.console", "vitdist.dist"}
     lawful = {
+        "vitdist.decision": {"vitdist.scores"},
         "vitdist.evaluate": {"vitdist.scores", "vitdist.decision"},
         "vitdist.results": {"vitdist.scores"},
         "vitdist.export": {"vitdist.results"},  # the card has its words

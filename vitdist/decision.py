@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitdist import config, rundir
+from vitdist import config, rundir, scores
 
 UNSURE = "unsure"
 ASKED = (0.9, 0.95, 0.99)
@@ -44,21 +44,24 @@ class OperatingPoint:
     """Share of all samples that are flagged."""
     reached: bool
     """Whether it is as asked; if not, this is the best that can be reached."""
+    precision_interval: list[float]
+    recall_interval: list[float]
+    """95 percent (Wilson), for a threshold that was not chosen on these samples: wide where few are flagged."""
 
 
 def operating_point(
-    scores: np.ndarray, positive: np.ndarray, precision: float | None = None, recall: float | None = None
+    of_class: np.ndarray, positive: np.ndarray, precision: float | None = None, recall: float | None = None
 ) -> OperatingPoint:
     """The highest recall at `precision` or above, or the highest precision at `recall` or above; give one of them.
 
-    `scores` [N] of one class, `positive` bool [N]. Equal scores are flagged together. Raises ValueError without
-    positive samples.
+    `of_class` [N]: probabilities (or other scores) of one class; `positive` bool [N]. Equal scores are flagged
+    together. Raises ValueError without positive samples.
     """
     if (precision is None) == (recall is None):
         raise ValueError("an operating point is asked for by a precision or by a recall")
     given, at = ("precision", precision) if precision is not None else ("recall", recall)
     assert at is not None
-    return _pick(_curve(scores, positive), given, at)
+    return _pick(_curve(of_class, positive), given, at)
 
 
 def operating_points(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -80,16 +83,20 @@ class _Curve(NamedTuple):
     precision: np.ndarray
     recall: np.ndarray
     flagged: np.ndarray
+    """Samples with at least the threshold."""
+    positives: int
+    samples: int
 
 
-def _curve(scores: np.ndarray, positive: np.ndarray) -> _Curve:
+def _curve(of_class: np.ndarray, positive: np.ndarray) -> _Curve:
     from sklearn.metrics import precision_recall_curve  # 1.3 s of import
 
     if not positive.any():
         raise ValueError("an operating point needs samples of its class")
-    precision, recall, threshold = precision_recall_curve(positive, scores)
-    flagged = (len(scores) - np.searchsorted(np.sort(scores), threshold)) / len(scores)
-    return _Curve(threshold, precision[:-1], recall[:-1], flagged)  # the last point flags nothing
+    precision, recall, threshold = precision_recall_curve(positive, of_class)
+    flagged = len(of_class) - np.searchsorted(np.sort(of_class), threshold)
+    # The last point flags nothing.
+    return _Curve(threshold, precision[:-1], recall[:-1], flagged, int(positive.sum()), len(of_class))
 
 
 def _pick(curve: _Curve, given: str, at: float) -> OperatingPoint:
@@ -98,8 +105,17 @@ def _pick(curve: _Curve, given: str, at: float) -> OperatingPoint:
     enough = np.flatnonzero(had >= at if reached else had == had.max())
     # Of equals the one that gives more of what was asked for.
     best = enough[np.lexsort((had[enough], sought[enough]))[-1]]
-    threshold, precision, recall, flagged = (float(column[best]) for column in curve)
-    return OperatingPoint(threshold, precision, recall, flagged, reached)
+    flagged, recall = int(curve.flagged[best]), float(curve.recall[best])
+    hits = round(recall * curve.positives)
+    return OperatingPoint(
+        threshold=float(curve.threshold[best]),
+        precision=float(curve.precision[best]),
+        recall=recall,
+        flagged=flagged / curve.samples,
+        reached=reached,
+        precision_interval=scores.wilson(hits, flagged).tolist(),
+        recall_interval=scores.wilson(hits, curve.positives).tolist(),
+    )
 
 
 # ---- all classes: the least expected cost ------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vitdist import decision
 from vitdist.config import Unsure
+from vitdist.scores import wilson
 
 FLAGS = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=25).filter(
     lambda pairs: any(p for _, p in pairs)
@@ -45,7 +46,11 @@ def test_an_operating_point_is_the_best_of_all_thresholds(
     best = max((other, first) for first, other in enough.values())
     assert (found.precision, found.recall) == every[found.threshold]
     assert ((found.recall, found.precision) if by_precision else (found.precision, found.recall)) == best
-    assert found.flagged == (scores >= found.threshold).mean()
+    flagged = scores >= found.threshold
+    hits = (flagged & positive).sum()
+    assert found.flagged == flagged.mean()
+    assert found.precision_interval == wilson(hits, flagged.sum()).tolist()
+    assert found.recall_interval == wilson(hits, positive.sum()).tolist()
 
 
 def test_what_cannot_be_asked_of_a_threshold() -> None:
@@ -72,6 +77,8 @@ def test_every_class_that_occurs_gets_its_points() -> None:
         "recall": 1.0,
         "flagged": 0.5,
         "reached": True,
+        "precision_interval": pytest.approx([0.3424, 1], abs=1e-4),  # 2 of 2
+        "recall_interval": pytest.approx([0.3424, 1], abs=1e-4),
     }
     json.dumps(rows, allow_nan=False)
 
