@@ -230,7 +230,8 @@ def _from_folder(source: str, device: str) -> tuple[Any, Weights]:
     mean, std = _pixels(source)
     missing = sorted(info["missing_keys"])
     labels = [config.id2label[i] for i in range(config.num_labels)]
-    named = "classifier" not in str(missing) and not all(name == f"LABEL_{i}" for i, name in enumerate(labels))
+    headless = any("classifier" in name for name in missing)
+    named = not headless and labels != [f"LABEL_{i}" for i in range(len(labels))]
     return net, Weights(
         source, missing, sorted(info["unexpected_keys"]), mean=mean, std=std, classes=labels if named else None
     )
@@ -249,11 +250,10 @@ def _check_fit(source: str, info: Mapping[str, Any], depth: int) -> None:
         raise ValueError(
             f"model.pretrained {source}: {name} is {list(held)}, but by its config.json it must be {list(expected)}"
         )
-    body = re.compile(r"(?:^|\.)(?:layers?\.(\d+)\.|embeddings\.(?!mask_token))")
+    body = re.compile(r"(?:^|\.)(?:layers?\.\d+\.|embeddings\.(?!mask_token))")
     for kind, what in (("missing_keys", "has no"), ("unexpected_keys", "has a tensor without a place,")):
         for name in sorted(info[kind]):
-            match = body.search(name)
-            if match and not name.startswith("decoder."):
+            if body.search(name) and not name.startswith("decoder."):
                 raise ValueError(
                     f"model.pretrained {source}: {what} {name}; its config.json is of another model ({depth} blocks)"
                 )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ def test_a_family_is_loaded_numbered_trained_and_written(tmp_path: Path, family:
     assert told.loaded == len(original.state_dict())
     assert net.config._attn_implementation == "sdpa"
     close(answer(net), answer(original))
+    assert _attention_calls(net) == 2
 
     numbers, depth = model.layers(net)
     assert depth == 2
@@ -124,6 +126,15 @@ def test_a_family_is_loaded_numbered_trained_and_written(tmp_path: Path, family:
     close(answer(again), answer(net))
     assert not torch.allclose(answer(again), answer(original), atol=1e-4), "the step must be in it"
     assert getattr(again.config, "drop_path_rate", 0.0) == 0.0
+
+
+def _attention_calls(net: Any) -> int:
+    """How often a forward pass calls torch's fused attention."""
+    with mock.patch.object(
+        nn.functional, "scaled_dot_product_attention", wraps=nn.functional.scaled_dot_product_attention
+    ) as attention:
+        answer(net)
+    return attention.call_count
 
 
 def _optim() -> Any:
@@ -204,6 +215,7 @@ def test_mean_pooling_is_norm_of_the_mean_of_patches(tmp_path: Path, family: str
     close(answer(net, 48), expected)
     before, after = train_a_step(net, 48)
     assert after < before
+    assert net.config._attn_implementation == "sdpa"
     again = AutoModelForImageClassification.from_pretrained(
         saved(model.finished(net, net.state_dict()), tmp_path / "o")
     )
