@@ -109,19 +109,26 @@ def evaluate(
     kept: list[torch.Tensor] = []
     unread: list[Bad] = []
 
-    def take(batch: "MicroBatch", logarithms: torch.Tensor) -> None:
-        rows, labels = logarithms.cpu()[batch.mask], batch.labels[batch.mask]
+    def take(batch: "MicroBatch", logarithms: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+        if copied:
+            copied.synchronize()
+        rows, labels = logarithms[batch.mask], batch.labels[batch.mask]
         tables.append(_table(batch.ids[batch.mask], labels, rows))
         unread.extend(batch.bad)
         if whole:
             kept.append(rows.exp())
 
-    waiting: tuple[MicroBatch, torch.Tensor] | None = None
+    waiting: tuple[MicroBatch, torch.Tensor, torch.cuda.Event | None] | None = None
     for batch in batches:
-        logarithms = _log_probabilities(forward, prepare(batch), tta)
-        if waiting:  # the device is at work on the next batch meanwhile
+        # Into pinned memory (non_blocking does that), before the next batch, on which the device then works while this
+        # one is counted.
+        logarithms = _log_probabilities(forward, prepare(batch), tta).to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if me.device.type == "cuda" else None
+        if copied:
+            copied.record()
+        if waiting:
             take(*waiting)
-        waiting = batch._replace(images=batch.images[:0], encoded=None), logarithms
+        waiting = batch._replace(images=torch.empty(0), encoded=None), logarithms, copied
     if waiting:
         take(*waiting)
 
