@@ -57,7 +57,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="vitdist", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.set_defaults(interrupted="", overrides=None)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for group in (_make_shards, _look_at_shards, _change_shards, _plan_a_run, _use_a_model, _follow_a_run):
         group(commands)
     args, rest = parser.parse_known_args(argv)
@@ -70,7 +70,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         rest = given.pop("rest")
         vars(args).update(given)
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from vitdist import config, rundir
 from vitdist.config import Config, Pixels, Scratch
-from vitdist.results import METRICS, figure, mistaken, worst_first
+from vitdist.results import METRICS, between_words, class_cells, figure, worst_first
 
 if TYPE_CHECKING:
     from torch import nn
@@ -322,23 +322,20 @@ def _results(settings: Config, evaluation: dict[str, Any]) -> str:
     ]
     for metric, words in METRICS.items():
         if found.get(metric) is not None:
-            between = " to ".join(figure(metric, bound) for bound in intervals.get(metric) or ())
-            lines.append(f"| {words} | {figure(metric, found[metric])} | {between or '-'} |")
+            between = between_words(metric, intervals.get(metric))
+            lines.append(f"| {words} | {figure(metric, found[metric])} | {between} |")
     if settings.evaluation.export == "best":
         lines.append(
-            "\nThe weights are those of the best of several evaluations on these same samples: a little too good."
+            "\nThese are the best of several evaluations on these same samples, so the figures are a little too good."
         )
     shown, occurring = worst_first(evaluation)
     few = f" (the lowest {len(shown)} of {occurring:,})" if len(shown) < occurring else ""
     lines += [
         f"\nOf each class, the lowest recall first{few}:\n",
-        "| class | samples | recall | precision | F1 | most often taken for |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| class | samples | recall | 95 % interval | precision | F1 | most often taken for |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in shown:
-        scores = " | ".join(figure(score, row[score]) for score in ("recall", "precision", "f1"))
-        taken = mistaken(row["name"], evaluation["classes"], evaluation["confusion"])
-        lines.append(f"| {_cell(row['name'])} | {row['support']:,} | {scores} | {_cell(taken)} |")
+    lines += [f"| {' | '.join(map(_cell, class_cells(row, evaluation)))} |" for row in shown]
     return "\n".join(lines) + "\n"
 
 

@@ -140,6 +140,8 @@ def load(
             f"vitdist export {source} --to hf --out FOLDER --classes NAMES.txt"
         )
     names = classes if found.file and classes else export.class_names(found.place)
+    if found.file:
+        notes.append("a file of weights does not name its classes: its numbers count in the list that is given")
     net, weights = model.build(settings.model, names, 0, device, exact_head=True)
     return Classifier(
         net=net,

@@ -52,6 +52,19 @@ def worst_first(record: Mapping[str, Any], most: int = _MOST_CLASSES) -> tuple[l
     return sorted(rows, key=lambda row: (row["recall"], row["name"]))[:most], len(rows)
 
 
+def class_cells(row: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Name, samples, recall, its interval, precision, F1 and what a class is most often taken for, as text."""
+    taken = mistaken(row["name"], record["classes"], record["confusion"])
+    recall, precision, f1 = (figure(score, row[score]) for score in ("recall", "precision", "f1"))
+    between = between_words("recall", row.get("recall_interval"))
+    return [row["name"], f"{row['support']:,}", recall, between, precision, f1, taken]
+
+
+def between_words(metric: str, interval: Sequence[float] | None) -> str:
+    """`low to high`, or - where there is no interval."""
+    return " to ".join(figure(metric, bound) for bound in interval).replace(" % to", " to") if interval else "-"
+
+
 def show(record: Mapping[str, Any], title: str) -> None:
     """Metrics with their intervals, then the classes, the lowest recall first."""
     from rich.console import Console
@@ -66,14 +79,12 @@ def show(record: Mapping[str, Any], title: str) -> None:
     table = Table("metric", "value", "95 % interval")
     for metric, words in METRICS.items():
         if metrics.get(metric) is not None:
-            table.add_row(words, figure(metric, metrics[metric]), _between(metric, intervals.get(metric)))
+            table.add_row(words, figure(metric, metrics[metric]), between_words(metric, intervals.get(metric)))
     console.print(table)
     rows, occurring = worst_first(record)
-    classes = Table("class", "samples", "recall", "precision", "F1", "most often taken for")
+    classes = Table("class", "samples", "recall", "95 % interval", "precision", "F1", "taken for")
     for row in rows:
-        scores = (figure(score, row[score]) for score in ("recall", "precision", "f1"))
-        taken = mistaken(row["name"], record["classes"], record["confusion"])
-        classes.add_row(Text(row["name"]), f"{row['support']:,}", *scores, Text(taken))
+        classes.add_row(*map(Text, class_cells(row, record)))
     console.print(classes)
     _show_decision(console, record.get("decision"))
     _show_point(console, record.get("operating_point"))
@@ -180,11 +191,7 @@ def table(head: list[str]) -> Iterator[Callable[[list[str]], None]]:
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     shown = Table(box=None)
     for i in used:
-        shown.add_column(Text(head[i]), overflow="fold")
+        shown.add_column(Text(head[i]), overflow="fold", no_wrap=0 < i < len(head) - 1)  # a path, an error may be long
     for row in rows:
         shown.add_row(*(Text(row[i]) for i in used))
     Console().print(shown)
-
-
-def _between(metric: str, interval: list[float] | None) -> str:
-    return " to ".join(figure(metric, bound) for bound in interval) if interval else "-"
