@@ -4,10 +4,10 @@
     pixels = colour.change(pixels, config.data, rng)    # in a loader process: uint8 [3, S, S]
 
 Through PIL, as the published recipes do it: timm's operations for RandAugment, AutoAugment, 3-Augment and AugMix,
-torchvision's TrivialAugment, PIL's own enhancers for the jitter. On one core that is 1.2 to 3 times the speed of
-torchvision's kernels for tensors (see docs/augmentation.md). Those libraries cost 3 s of CPU to import and draw from
-the global generators, which here are seeded for each picture and put back: pixels depend on `rng` alone, and dropout
-in the same process on nothing of this.
+torchvision's TrivialAugment, PIL's own enhancers for the jitter. torchvision's kernels for tensors are about as fast
+(benchmarks/augment.py) and cost the jitter 2.4 s of CPU to import. The libraries draw from the global generators,
+which are seeded here for each picture and put back (160 us): pixels depend on `rng` alone, and dropout in the same
+process on nothing of this.
 """
 
 import contextlib
@@ -63,7 +63,8 @@ def change(pixels: torch.Tensor, settings: Data, rng: np.random.Generator) -> to
     """
     if not _asked(settings):
         return pixels
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    # Planes lie one after the other, so to merge them takes 200 us, to interleave them by strides 500.
+    image = Image.merge("RGB", [Image.fromarray(plane) for plane in pixels.numpy()])
     if policy := _policy(settings.auto_augment, image.width, settings.mean):
         with _seeded(int(rng.integers(2**32))):
             image = policy(image)
