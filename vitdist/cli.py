@@ -60,15 +60,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for group in (_make_shards, _look_at_shards, _change_shards, _plan_a_run, _use_a_model, _follow_a_run):
         group(commands)
+    argv = sys.argv[1:] if argv is None else argv
     args, rest = parser.parse_known_args(argv)
     if args.overrides is not None:
-        given = {"rest": rest} | {name: value for name, value in vars(args).items() if name in ("source", "pictures")}
-        for name, texts in given.items():
-            if isinstance(texts, list):
-                args.overrides = args.overrides + [text for text in texts if _SETTING.match(text)]
-                given[name] = [text for text in texts if not _SETTING.match(text)]
-        rest = given.pop("rest")
-        vars(args).update(given)
+        texts = {name: value for name, value in vars(args).items() if name in ("source", "pictures")}
+        texts = {"rest": rest} | {name: value for name, value in texts.items() if isinstance(value, list)}
+        settings = args.overrides + [text for part in texts.values() for text in part if _SETTING.match(text)]
+        args.overrides = sorted(settings, key=argv.index)  # of two for one setting, the last one holds
+        others = {name: [text for text in part if not _SETTING.match(text)] for name, part in texts.items()}
+        rest = others.pop("rest")
+        vars(args).update(others)
+        if not all(others.values()):
+            commands.choices[args.command].error(f"settings alone: {' '.join(settings)}")
     if rest:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return args
@@ -214,7 +217,9 @@ def _use_a_model(commands: Commands) -> None:
     predict.add_argument("pictures", nargs="+", metavar="PATH", help="pictures, and folders of them at any depth")
     predict.add_argument("--csv", metavar="FILE", help="the table as a file (default: stdout)")
     predict.add_argument(
-        "--top", type=_positive, help="that many classes for each picture, not a column for each class"
+        "--top",
+        type=_positive,
+        help="the TOP most probable classes (default: a column for each class; 1 on a terminal)",
     )
     predict.add_argument("--tta", choices=("none", "flip"), help="flip: the mean with the mirror image")
     predict.add_argument("--batch", type=_positive, default=64, help="pictures of a forward pass (default 64)")

@@ -420,8 +420,10 @@ def run_predict(
         print(note, file=sys.stderr)
     began, broken = time.monotonic(), list[Answer]()
     terminal = csv_file is None and sys.stdout.isatty()
-    if top is None and (terminal or len(model.classes) > MOST_COLUMNS):
-        top = 3
+    if top is None and terminal:
+        top = 1  # beside a path there is no room for more
+    elif top is None and len(model.classes) > MOST_COLUMNS:
+        top = 5
     sheet = Sheet(model.classes, model.decision, min(top, len(model.classes)) if top else None)
     with contextlib.ExitStack() as stack:
         if terminal:
