@@ -62,6 +62,12 @@ def test_what_cannot_be_asked_of_a_threshold() -> None:
         decision.operating_point(scores, ~positive & False, recall=0.5)
 
 
+def test_where_a_precision_cannot_be_had_the_best_is_told() -> None:
+    scores, positive = np.array([0.9, 0.8, 0.7, 0.6, 0.1]), np.array([False, True, True, False, True])
+    found = decision.operating_point(scores, positive, precision=0.9)
+    assert (found.reached, found.threshold, found.precision, found.recall) == (False, 0.7, 2 / 3, 2 / 3)
+
+
 def test_every_class_that_occurs_gets_its_points() -> None:
     labels = np.array([0, 0, 1, 1])
     probabilities = np.array([[0.9, 0.1, 0], [0.4, 0.6, 0], [0.3, 0.7, 0], [0.1, 0.9, 0]])
