@@ -38,7 +38,7 @@ _PARTS = {  # of a block: here, in ViT, DeiT and BEiT, in DINOv2 where it differ
     "scale1": ("lambda_1", "layer_scale1.lambda1"),
     "scale2": ("lambda_2", "layer_scale2.lambda1"),
 }
-_ARITHMETIC = ("blocks.", "patch_embed.", "pos_embed", "norm", "fc_norm.", "attn_pool.", "rope.")
+_ARITHMETIC = ("blocks.", "patch_embed.", "pos_embed", "dist_token", "norm", "fc_norm.", "attn_pool.", "rope")
 """Beginnings of names that take part in the forward pass: one without a place is an error."""
 
 
@@ -310,6 +310,11 @@ def _asked(settings: Model, width: int, swiglu: bool) -> dict[str, Any]:
             f"model.pretrained {settings.pretrained}: a file of weights of width {width} does not tell everything; "
             f"give {'; '.join(missing)}"
         )
+    if swiglu and settings.activation is not None:
+        raise ValueError(
+            f"model.pretrained {settings.pretrained}: has a gated MLP, which is taken for DINOv2's SwiGLU: leave "
+            "model.activation out"
+        )
     assert settings.heads is not None
     if width % settings.heads:
         raise ValueError(f"model.heads {settings.heads} does not divide the width {width} of {settings.pretrained}")
@@ -352,7 +357,7 @@ def _positions(own: dict[str, Tensor], family: str, grid: int) -> None:
     old = own["pos_embed"]
     before = old.shape[1] - grid**2
     expected = 2 if family == "deit" else 1
-    if before > expected:  # timm's registers with positions: added once and for all
+    if before > expected and "register_tokens" in own:  # timm's with positions: added once and for all
         own["register_tokens"] = own["register_tokens"] + old[:, 1:before]
     first = old[:, : min(before, expected)]
     nothing = old.new_zeros(1, expected - first.shape[1], old.shape[2])

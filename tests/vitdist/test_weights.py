@@ -184,6 +184,8 @@ def test_dinov2s_own_names(tmp_path: Path, registers: int, swiglu: bool) -> None
     net, found = model.build(Model(pretrained=path, image_size=32, **told), CLASSES, 0)
     assert net.config.model_type == ("dinov2_with_registers" if registers else "dinov2")
     assert found.ignored == ["dino_head.x"]
+    if swiglu:
+        assert "which is taken for DINOv2's SwiGLU: leave model.activation out" in refusal(path)
     reference.load_state_dict(checkpoint_filter_fn(dict(own), reference))
     with torch.no_grad():
         tokens = reference.forward_features(pictures())
@@ -396,6 +398,11 @@ def _whole() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         paths = {n: write(Path(folder), timm(depth=1).state_dict(), n) for n in ("w.safetensors", "w.pth")}
         return {name: Path(path).read_bytes() for name, path in paths.items()}
+
+
+def test_a_second_token_that_no_class_has_is_not_dropped(tmp_path: Path) -> None:
+    scaled = disturbed(VisionTransformerDistilled(**SMALL, init_values=0.5))
+    assert "has a place for dist_token (1 such tensors)" in refusal(write(tmp_path, scaled.state_dict(), "d.pth"))
 
 
 def test_a_head_of_another_size_with_keep(tmp_path: Path) -> None:
