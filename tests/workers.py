@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from vitdist import checkpoint, config, dist, model, optim, stop
 from vitdist.config import Config
 from vitdist.data.index import Index
-from vitdist.engine import Engine
+from vitdist.engine import Diverged, Engine
 from vitdist.rundir import RunDir
 
 CLASSES = [f"class {i}" for i in range(5)]
@@ -43,9 +44,16 @@ def allow_fp16_on_cpu() -> None:
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float16, torch.bfloat16]
 
 
-def build(s: Config, me: dist.Processes) -> tuple[Engine, config.Batch, checkpoint.Identity]:
+def build(
+    s: Config, me: dist.Processes, wrong_frozen: bool = False
+) -> tuple[Engine, config.Batch, checkpoint.Identity]:
+    """An engine with a new model, of which what is frozen can be made wrong, for a checkpoint to put right."""
     batch = config.split_batch(s.train, me.world)
     net, _ = model.build(s.model, CLASSES, s.train.seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if wrong_frozen and not parameter.requires_grad:
+                parameter.fill_(7.0)
     layer, depth = model.layers(net)
     groups = optim.groups(net, layer, depth, s.optim, model.layer_name)
     fingerprint = checkpoint.fingerprint(groups)
@@ -129,7 +137,7 @@ def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
         engine, batch, identity = build(s, me)
         for _ in range(5):
             update(engine, s, batch, me)
-        before, groups_before = engine.lrs(), members(engine)
+        before, groups_before, skipped_before = engine.lrs(), members(engine), engine.skipped
         checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
         straight = [update(engine, s, batch, me) for _ in range(3)]
         again, _, _ = build(s, me)
@@ -148,6 +156,7 @@ def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
             "before": before,
             "after": after,
             "members": (groups_before, groups_after),
+            "skipped": skipped_before,
             "straight": straight,
             "continued": continued,
             "equal": all(weights),
@@ -266,7 +275,7 @@ def average(changes: dict[str, Any], folder: str, skip: int | None = None) -> di
             inside = look(engine)
         restored = look(engine)
         checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
-        again, _, _ = build(s, me)
+        again, _, _ = build(s, me, wrong_frozen=True)
         checkpoint.resume(run, again, me, identity)
         with again.averaged():
             resumed = look(again)
@@ -290,6 +299,74 @@ def average(changes: dict[str, Any], folder: str, skip: int | None = None) -> di
             "continued": same(straight, continued),
             "logits_off": float((inside[1] - logits).abs().max()),
             "logits_far": float((seen[1] - logits).abs().max()),
+        }
+
+
+def averages(changes: dict[str, Any], folder: str, write: bool) -> dict[str, torch.Tensor]:
+    """The averaged weights: of three updates that are saved in `folder`, or of a new engine that reads them there."""
+    s = settings(**changes)
+    with dist.processes(1) as me:
+        engine, batch, _ = build(s, me)
+        if write:
+            for _ in range(3):
+                update(engine, s, batch, me)
+            engine.save(Path(folder), "state")
+        else:
+            engine._load_averages(sorted(Path(folder, "state").glob("average-*.pt")))
+        with engine.averaged():
+            return engine.full_weights(keep=True)
+
+
+def ended_by(changes: dict[str, Any], spoil: float) -> dict[str, Any]:
+    """A good update and one with a loss that is `spoil` times as large: what becomes of the second."""
+    s = settings(**changes)
+    if s.engine.precision == "fp16":
+        allow_fp16_on_cpu()
+    with dist.processes(1) as me:
+        engine, batch, _ = build(s, me)
+        update(engine, s, batch, me)
+        before = engine.full_weights(keep=True)
+        try:
+            update(engine, s, batch, me, spoil=spoil)
+            fate = "skipped" if engine.skipped else "applied"
+        except Diverged as error:
+            fate = str(error)
+        after = engine.full_weights(keep=True)
+        return {"fate": fate, "untouched": all(torch.equal(before[name], after[name]) for name in before)}
+
+
+def best(folder: str) -> dict[str, Any]:
+    """A checkpoint after each of five updates, two kept and the best; that one loaded, and what cannot be."""
+    s, run = settings(), RunDir(Path(folder))
+    with dist.processes(1) as me:
+        engine, batch, identity = build(s, me)
+        weights, kept = {}, []
+        for _ in range(5):
+            update(engine, s, batch, me)
+            weights[engine.steps] = engine.full_weights(keep=True)
+            checkpoint.save(run, engine, me, identity, attempt=0, keep=2, best=min(engine.steps, 2))
+            kept.append(checkpoint.steps(run))
+        checkpoint.load_step(run, engine, me, identity, 2)
+        loaded = engine.full_weights(keep=True)
+        refusals = []
+        for step, other in ((3, identity), (2, replace(identity, optimizer="lion"))):
+            try:
+                checkpoint.load_step(run, engine, me, other, step)
+            except ValueError as error:
+                refusals.append(str(error))
+        victim = next((run.checkpoints / "step-00000002" / "state").glob("*optim*"))
+        if me.first:
+            victim.write_bytes(victim.read_bytes()[:-7])
+        me.barrier()
+        try:
+            checkpoint.load_step(run, engine, me, identity, 2)
+        except ValueError as error:
+            refusals.append(str(error))
+        return {
+            "kept": kept,
+            "step": engine.steps,
+            "equal": [step for step, w in weights.items() if all(torch.equal(w[n], loaded[n]) for n in w)],
+            "refusals": refusals,
         }
 
 

@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import ranks, workers
-from vitdist import config, optim
-from vitdist.engine import deepspeed_config
+from vitdist import config, model, optim
+from vitdist.engine import choose_precision, deepspeed_config
 
 pytestmark = pytest.mark.processes
 
@@ -57,28 +58,88 @@ def test_fp16_overflow_is_skipped_and_not_counted() -> None:
         assert rates["00_embeddings"] == pytest.approx(expected * 0.5**3, rel=1e-12)
 
 
-RESUMES = {(0, "fp32", 2), (1, "fp32", 1), (2, "fp16", 2), (3, "fp32", 2), (2, "bf16", 2)}
+RESUMES = {
+    (0, "fp16", 1, "sgd"),
+    (1, "fp32", 1, "adamw"),
+    (2, "fp16", 2, "adamw"),
+    (3, "fp16", 2, "lion"),
+    (2, "bf16", 2, "sgd"),
+}
+OPTIMIZERS = ("adamw", "sgd", "lion")
 
 
 @pytest.mark.parametrize(
-    ("zero", "precision", "world"), ranks.matrix(RESUMES, range(4), ("fp32", "bf16", "fp16"), (1, 2))
+    ("zero", "precision", "world", "name"),
+    ranks.matrix(RESUMES, range(4), ("fp32", "bf16", "fp16"), (1, 2), OPTIMIZERS),
 )
-def test_rates_and_weights_survive_a_resume(tmp_path: Path, zero: int, precision: str, world: int) -> None:
-    changes = {"engine.zero": zero, "engine.precision": precision}
+def test_groups_and_weights_survive_a_resume(tmp_path: Path, zero: int, precision: str, world: int, name: str) -> None:
+    changes = {"engine.zero": zero, "engine.precision": precision, "optim.name": name}
     seen = ranks.run(workers.rates_after_resume, world, changes, str(tmp_path))[0]
     s = workers.settings(**changes)
     assert seen["resumed"] == 5
     assert len(set(seen["scales"].values())) == 4
-    for name, scale in seen["scales"].items():
-        assert seen["before"][name] == pytest.approx(optim.schedule(4, 20, s.optim) * scale, rel=1e-12)
-        assert seen["after"][name] == pytest.approx(optim.schedule(5, 20, s.optim) * scale, rel=1e-12)
-        assert seen["decays"][name] == (0.0 if name.endswith("_no_decay") else s.optim.weight_decay)
+    applied = 5 - seen["skipped"]
+    for group, scale in seen["scales"].items():
+        assert seen["before"][group] == pytest.approx(optim.schedule(applied - 1, 20, s.optim) * scale, rel=1e-12)
+        assert seen["after"][group] == pytest.approx(optim.schedule(applied, 20, s.optim) * scale, rel=1e-12)
+        assert seen["decays"][group] == (0.0 if group.endswith("_no_decay") else s.optim.weight_decay)
+    net = model.skeleton(s.model, len(workers.CLASSES))
+    rules = {n: workers.rule(n, p, s) for n, p in net.named_parameters()}
+    for held in seen["members"]:
+        assert sorted(n for names in held.values() for n in names) == sorted(rules)
+        for group, names in held.items():
+            assert {rules[n] for n in names} == {(seen["scales"][group], seen["decays"][group])}
     assert seen["continued"] == seen["straight"]
     assert seen["equal"]
 
 
+ALIKE = {(0, "sgd", 1, 4), (1, "lion", 2, 1), (2, "sgd", 2, 2), (3, "adamw", 2, 1), (2, "adamw", 1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("zero", "name", "world", "accumulation"), ranks.matrix(ALIKE, range(4), OPTIMIZERS, (1, 2), (1, 2, 4))
+)
+def test_updates_equal_those_of_plain_torch(
+    tmp_path: Path, zero: int, name: str, world: int, accumulation: int
+) -> None:
+    """Rates, decay, clipping by the whole norm and accumulation of each parameter, over a resume."""
+    changes = {
+        "engine.zero": zero,
+        "optim.name": name,
+        "optim.lr": 0.1 if name == "sgd" else 3e-3,
+        "optim.weight_decay": 0.3,
+        "train.accumulation": accumulation,
+    }
+    seen = ranks.run(workers.against_torch, world, changes, str(tmp_path))[0]
+    for ours, theirs in seen["norms"]:
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert theirs > 0.5, "nothing is clipped"
+    for parameter, off in seen["off"].items():
+        # A bias of the keys shifts all scores of a query alike: its gradient is noise, of which Adam makes steps.
+        if not parameter.endswith("k_proj.bias"):
+            assert off < 1e-3 * seen["moved"][parameter], parameter
+
+
+STREAKS = {(0, "fp32", False), (0, "bf16", True), (1, "bf16", False), (2, "fp32", False), (3, "bf16", False)}
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "autocast"), ranks.matrix(STREAKS, range(4), ("fp32", "bf16", "fp16"), (False, True))
+)
+def test_gradients_that_are_not_finite_change_no_weight(zero: int, precision: str, autocast: bool) -> None:
+    if autocast and precision != "bf16":
+        pytest.skip("refused")
+    changes = {"engine.zero": zero, "engine.precision": precision, "engine.autocast": str(autocast).lower()}
+    seen = ranks.run(workers.ended_by, 1, changes, math.inf)[0]
+    plain = zero == 0 and (precision == "fp32" or autocast)
+    assert seen["fate"] == ("the gradients are not finite" if plain else "skipped")
+    assert seen["untouched"]
+
+
 def test_a_checkpoint_of_other_groups_is_refused(tmp_path: Path) -> None:
     ranks.run(workers.rates_after_resume, 1, {}, str(tmp_path))
+    refusal = ranks.run(workers.resume_with, 1, {"optim.name": "lion"}, str(tmp_path))[0]
+    assert "optimizer was 'adamw', now 'lion'" in refusal
     assert "groups was" in ranks.run(workers.resume_with, 1, {"optim.layer_decay": 0.9}, str(tmp_path))[0]
     assert "world was 1, now 2" in ranks.run(workers.resume_with, 2, {}, str(tmp_path))[0]
 
@@ -105,6 +166,20 @@ def test_one_asked_rank_stops_all() -> None:
 
 def test_fp16_is_refused_where_the_device_cannot() -> None:
     assert "fp16 needs a GPU; use auto, bf16 or fp32" in ranks.run(workers.fp16_where_it_cannot, 1)[0]
+
+
+@pytest.mark.parametrize("asked", ["fp16", "fp32"])
+def test_autocast_is_refused_but_in_bf16(asked: str) -> None:
+    with pytest.raises(ValueError, match=f"bf16 only, not in {asked}: use engine.precision=bf16, or autocast=false"):
+        choose_precision(asked, torch.device("cpu"), autocast=True)
+
+
+def test_autocast_keeps_the_weights_in_fp32() -> None:
+    assert choose_precision("auto", torch.device("cpu"), autocast=True) == "bf16"
+    s = workers.settings(**{"engine.autocast": "true", "engine.precision": "bf16"})
+    told = deepspeed_config(s, config.split_batch(s.train, 2), "bf16")
+    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "bf16" not in told
 
 
 def test_deepspeed_is_told_what_the_settings_say() -> None:
