@@ -150,6 +150,10 @@ def test_weights_are_scikit_learns_and_the_papers() -> None:
     weights = weights / weights.sum() * 3
     settings = config.Loss(class_weights="effective", effective_beta=0.9)
     assert class_weights(settings, [50, 7, 3], ["x", "y", "z"]) == pytest.approx(weights)
+    # Beta near 1 is near inverse, and its powers keep their digits, also of the fractions that class shares bring.
+    settings = config.Loss(class_weights="effective", effective_beta=1 - 1e-13)
+    expected = np.array([1 / 50, 1 / 7.3, 1 / 0.01]) * 3 / (1 / 50 + 1 / 7.3 + 1 / 0.01)
+    assert class_weights(settings, [50, 7.3, 0.01], ["x", "y", "z"]) == pytest.approx(expected)
     assert class_weights(config.Loss(class_weights={"y": 2.0}), None, ["x", "y"]) == [1.0, 2.0]
 
 
