@@ -216,12 +216,13 @@ def run_evaluate(
                 "--write-decision keeps what evaluation.unsure.cost=... says in a model's folder: give both"
             )
         if me.first:
-            for text in (model.weights, *model.notes):
-                print(text, file=sys.stderr)
+            print(model.weights, file=sys.stderr)
         with console.progress("evaluating", len(index), "images", wanted=me.first) as show:
             found, result = evaluate(model, index, me, show)
         if not me.first:
             return 0
+        for text in found["notes"]:
+            print(text, file=sys.stderr)
         if point:
             found["operating_point"] = _operating_point(index.classes, result, *point)
         if json_file == "-":

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests import ranks
 from vitdist import cli, config, decision, export, model, rundir
 from vitdist.config import Config, Pixels
 from vitdist.rundir import RunDir
@@ -136,11 +137,35 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path: Path, net: Any) 
 # ---- ONNX --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_onnx_answers_as_torch_does(tmp_path: Path, net: Any, raw: bool) -> None:
+def of_family(family: str) -> Any:
+    import transformers
+
+    more: dict[str, Any] = {"intermediate_size": 64}
+    if family == "Beit":
+        more |= {"use_mean_pooling": True, "use_relative_position_bias": True}
+    if family.startswith("Dinov2"):
+        more = {"mlp_ratio": 2}
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    settings = getattr(transformers, f"{family}Config")(**shape, **more, num_labels=3)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForImageClassification")(settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "raw"),
+    ranks.matrix(
+        {("ViT", False), ("Beit", True)},
+        ("ViT", "DeiT", "Beit", "ViTMSN", "Dinov2", "Dinov2WithRegisters"),
+        (False, True),
+    ),
+)
+def test_onnx_answers_as_torch_does(tmp_path: Path, family: str, raw: bool) -> None:
     import onnx
     import onnxruntime
 
+    net = of_family(family).eval()
+    with torch.no_grad():
+        net.classifier.weight.normal_()
     path = tmp_path / "deep" / "model.onnx"
     difference, opset = export.onnx(path, net, PIXELS, CLASSES, raw)
     assert difference <= 1e-4
@@ -148,6 +173,7 @@ def test_onnx_answers_as_torch_does(tmp_path: Path, net: Any, raw: bool) -> None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     pixels = np.random.default_rng(3).integers(0, 256, (7, 3, 16, 16), dtype=np.uint8)
     normalised = (pixels / 255 - np.reshape(PIXELS.mean, (3, 1, 1))) / np.reshape(PIXELS.std, (3, 1, 1))
+    assert net.config._attn_implementation == "sdpa"  # as it was
     with torch.no_grad():
         expected = net(pixel_values=torch.from_numpy(normalised).float()).logits
     (found,) = session.run(None, {"pixel_values": pixels if raw else normalised.astype(np.float32)})
@@ -165,6 +191,15 @@ def test_onnx_that_differs_is_not_left_behind(tmp_path: Path, net: Any, monkeypa
     with pytest.raises(ValueError, match=r"onnxruntime and torch differ by"):
         export.onnx(tmp_path / "model.onnx", net, PIXELS, CLASSES)
     assert not list(tmp_path.iterdir())
+
+
+def test_onnx_that_torch_cannot_write_is_one_line(tmp_path: Path, net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.onnx.OnnxExporterError("no such operator\nand a hundred lines")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ValueError, match=r"cannot write this ViTForImageClassification as ONNX: no such operator$"):
+        export.onnx(tmp_path / "model.onnx", net, PIXELS, CLASSES)
 
 
 def test_onnx_names_what_is_not_installed(tmp_path: Path, net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
