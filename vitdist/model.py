@@ -90,7 +90,7 @@ def build(
     if exact_head:
         settings = settings.model_copy(update={"head": "keep"})
     torch.manual_seed(seed)
-    net, weights = _fitted(settings, classes, seed, "cpu")
+    net, weights = _fitted(settings, classes, "cpu")
     if device:
         net = net.to(device)
     if settings.drop_path:
@@ -101,7 +101,7 @@ def build(
 def skeleton(settings: Model, classes: int) -> nn.Module:
     """What `build` makes, on the meta device: of a checkpoint only configuration and shapes are read."""
     settings = settings.model_copy(update={"head": "new"})
-    return _fitted(settings, [str(i) for i in range(classes)], 0, "meta")[0]
+    return _fitted(settings, [str(i) for i in range(classes)], "meta")[0]
 
 
 def drop_paths(net: nn.Module) -> DropPaths | None:
@@ -128,7 +128,7 @@ def finished(net: Any, weights: Mapping[str, Tensor]) -> Any:
 # ---- where weights come from -------------------------------------------------------------------
 
 
-def _fitted(settings: Model, classes: list[str] | None, seed: int, device: str) -> tuple[Any, Weights]:
+def _fitted(settings: Model, classes: list[str] | None, device: str) -> tuple[Any, Weights]:
     """The network with resolution, pooling, head and trained parts as asked, on "cpu" or "meta"."""
     if settings.scratch:
         assert classes is not None
@@ -141,7 +141,6 @@ def _fitted(settings: Model, classes: list[str] | None, seed: int, device: str) 
         weights.resized.extend(_resize(net, settings.image_size))
         net = _pool(net, settings.pool, weights)
         if settings.pretrained:
-            torch.manual_seed(seed)  # how much loading drew is its own affair
             classes = _head(net, settings.head, classes, weights)
     assert classes is not None
     config = net.config
