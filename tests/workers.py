@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -302,7 +303,7 @@ def average(changes: dict[str, Any], folder: str, skip: int | None = None) -> di
         }
 
 
-def averages(changes: dict[str, Any], folder: str, write: bool) -> dict[str, torch.Tensor]:
+def averages(changes: dict[str, Any], folder: str, write: bool) -> dict[str, np.ndarray]:
     """The averaged weights: of three updates that are saved in `folder`, or of a new engine that reads them there."""
     s = settings(**changes)
     with dist.processes(1) as me:
@@ -314,7 +315,8 @@ def averages(changes: dict[str, Any], folder: str, write: bool) -> dict[str, tor
         else:
             engine._load_averages(sorted(Path(folder, "state").glob("average-*.pt")))
         with engine.averaged():
-            return engine.full_weights(keep=True)
+            # As arrays: torch sends tensors as shared memory, which goes with this process.
+            return {name: w.numpy() for name, w in engine.full_weights(keep=True).items()}
 
 
 def ended_by(changes: dict[str, Any], spoil: float) -> dict[str, Any]:

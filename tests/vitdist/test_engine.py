@@ -93,7 +93,7 @@ def test_groups_and_weights_survive_a_resume(tmp_path: Path, zero: int, precisio
     assert seen["equal"]
 
 
-ALIKE = {(0, "sgd", 1, 4), (1, "lion", 2, 1), (2, "sgd", 2, 2), (3, "adamw", 2, 1), (2, "adamw", 1, 4)}
+ALIKE = {(0, "sgd", 1, 4), (1, "lion", 2, 1), (2, "sgd", 2, 2), (3, "adamw", 2, 1)}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_updates_equal_those_of_plain_torch(
             assert off < 1e-3 * seen["moved"][parameter], parameter
 
 
-STREAKS = {(0, "fp32", False), (0, "bf16", True), (1, "bf16", False), (2, "fp32", False), (3, "bf16", False)}
+STREAKS = {(0, "bf16", True), (1, "bf16", False), (3, "fp32", False)}
 
 
 @pytest.mark.parametrize(
