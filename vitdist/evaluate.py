@@ -113,10 +113,11 @@ def evaluate(
         if copied:
             copied.synchronize()
         rows, labels = logarithms[batch.mask], batch.labels[batch.mask]
-        tables.append(_table(batch.ids[batch.mask], labels, rows))
+        of_classes = rows.exp()
+        tables.append(_table(batch.ids[batch.mask], labels, rows, of_classes))
         unread.extend(batch.bad)
         if whole:
-            kept.append(rows.exp())
+            kept.append(of_classes)
 
     waiting: tuple[MicroBatch, torch.Tensor, torch.cuda.Event | None] | None = None
     for batch in batches:
@@ -184,16 +185,17 @@ def _log_probabilities(forward: Callable[[torch.Tensor], torch.Tensor], images: 
     return torch.stack((straight, mirrored), -1).logsumexp(-1) - math.log(2)
 
 
-def _table(ids: torch.Tensor, labels: torch.Tensor, logarithms: torch.Tensor) -> np.ndarray:
+def _table(ids: torch.Tensor, labels: torch.Tensor, logarithms: torch.Tensor, of_classes: torch.Tensor) -> np.ndarray:
     """float64 [6, B]: id, label, predicted class, its probability, loss, and how many classes stand above the label.
 
     Of equally probable classes the first counts as the more probable one, so ties hang on no sorting.
     """
-    own = logarithms.gather(1, labels[:, None])
-    earlier = torch.arange(logarithms.shape[1]) < labels[:, None]
-    above = ((logarithms > own) | ((logarithms == own) & earlier)).sum(1)
-    best, predicted = logarithms.max(1)
-    columns = (ids, labels, predicted, best.exp(), -own[:, 0], above)
+    own = of_classes.gather(1, labels[:, None])
+    earlier = torch.arange(of_classes.shape[1]) < labels[:, None]
+    above = ((of_classes > own) | ((of_classes == own) & earlier)).sum(1)
+    best, predicted = of_classes.max(1)
+    losses = -logarithms.gather(1, labels[:, None])[:, 0]
+    columns = (ids, labels, predicted, best, losses, above)
     return np.stack([column.numpy().astype(np.float64) for column in columns])
 
 

@@ -54,6 +54,19 @@ def reference_figures(probabilities: np.ndarray, labels: np.ndarray) -> dict[str
     }
 
 
+@pytest.mark.parametrize("tta", ["none", "flip"])
+def test_figures_equal_scikit_learn(alone: dist.Processes, tta: str) -> None:
+    logits, labels = workers.logits_and_labels(200, 7)
+    found = run(alone, logits, labels, tta=tta)
+    probabilities = logits.double().softmax(1)
+    if tta == "flip":  # the mirror image of such a picture has the classes the other way round
+        probabilities = (probabilities + probabilities.flip(1)) / 2
+    assert found.probabilities == pytest.approx(probabilities.numpy(), abs=1e-6)
+    expected = reference_figures(found.probabilities, labels.numpy())
+    for name, value in expected.items():
+        assert found.metrics[name] == pytest.approx(value, abs=1e-6), name
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("tta", ["none", "flip"])
 def test_figures_do_not_depend_on_how_samples_are_spread(tta: str) -> None:
