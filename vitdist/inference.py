@@ -133,13 +133,14 @@ def load(
     from vitdist import export, model
 
     found = find(source)
+    # First: without a network each question to the Hub takes a minute to fail.
+    names = classes if found.file else export.class_names(found.place)
     settings, notes = _settings(found, overrides, data)
-    if found.file and classes is None:
+    if names is None:
         raise ValueError(
             f"{source}: a file of weights does not name its classes: make a folder of it, "
             f"vitdist export {source} --to hf --out FOLDER --classes NAMES.txt"
         )
-    names = classes if found.file and classes else export.class_names(found.place)
     if found.file:
         notes.append("a file of weights does not name its classes: its numbers count in the list that is given")
     net, weights = model.build(settings.model, names, 0, device, exact_head=True)
@@ -398,8 +399,7 @@ def predict(
         rows = probabilities.cpu().numpy()
         errors = {each.id: each.detail for each in found.bad}
         for slot, number in enumerate(found.ids.tolist()):
-            known = None if number in errors else rows[slot]
-            yield Answer(paths[number], known, errors.get(number, ""))
+            yield Answer(paths[number], rows[slot] if found.mask[slot] else None, errors.get(number, ""))
 
 
 def run_predict(

@@ -271,10 +271,15 @@ def test_classes_in_another_order_are_matched_by_name(
         net.classifier.bias.copy_(net.classifier.bias[order].clone())
     names = [CLASSES[i] for i in order]
     net.config.id2label, net.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
-    export.write(tmp_path / "turned", net, PIXELS, None)
-    straight, one = inference.evaluate(inference.load(str(run.path), [], CPU), val, alone)
+    unsure = config.Unsure(costs={"red": {"blue": 5.0}, "green": {"red": 0.1}}, cost=0.3)
+    export.write(tmp_path / "turned", net, PIXELS, None, decision.of(unsure, names))
+    rule = ["evaluation.unsure.costs={red: {blue: 5}, green: {red: 0.1}}", "evaluation.unsure.cost=0.3"]
+    straight, one = inference.evaluate(inference.load(str(run.path), rule, CPU), val, alone)
     turned, other = inference.evaluate(inference.load(str(tmp_path / "turned"), [], CPU), val, alone)
     assert np.array_equal(straight["confusion"], turned["confusion"])
+    assert straight["decision"]["confusion"] == turned["decision"]["confusion"]
+    assert straight["decision"]["costs"] == turned["decision"]["costs"]
+    assert straight["decision"]["mean_cost"] == pytest.approx(turned["decision"]["mean_cost"])
     assert one.metrics["top1"] > 0.6  # by chance it would be 0.33
     assert other.probabilities == pytest.approx(one.probabilities, abs=1e-6)
     assert turned["notes"] == ["model and data count their classes in another order: matched by name"]
