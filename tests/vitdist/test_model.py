@@ -108,6 +108,7 @@ def test_a_family_is_loaded_numbered_trained_and_written(tmp_path: Path, family:
     assert net.config._attn_implementation == "sdpa"
     close(answer(net), answer(original))
     assert _attention_calls(net) == 2
+    assert _attention_calls(net, train=True) == 4, "computed again in the backward pass"
 
     numbers, depth = model.layers(net)
     assert depth == 2
@@ -128,12 +129,16 @@ def test_a_family_is_loaded_numbered_trained_and_written(tmp_path: Path, family:
     assert getattr(again.config, "drop_path_rate", 0.0) == 0.0
 
 
-def _attention_calls(net: Any) -> int:
-    """How often a forward pass calls torch's fused attention."""
+def _attention_calls(net: Any, train: bool = False) -> int:
+    """How often torch's fused attention is called: in an evaluation, or in a forward and backward pass of training."""
     with mock.patch.object(
         nn.functional, "scaled_dot_product_attention", wraps=nn.functional.scaled_dot_product_attention
     ) as attention:
-        answer(net)
+        if train:
+            net.train()(pixel_values=pictures()).logits.sum().backward()
+            net.zero_grad()
+        else:
+            answer(net)
     return attention.call_count
 
 

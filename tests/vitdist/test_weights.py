@@ -202,7 +202,7 @@ def test_registers_with_positions_keep_their_sums(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, tokens, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", ["plain", "model", "state_dict", "module.", "teacher", "student namespace"])
+@pytest.mark.parametrize("wrap", ["plain", "model", "state_dict", "module.", "teacher", "student namespace", "chunks"])
 def test_what_is_wrapped_around_a_vit(tmp_path: Path, wrap: str) -> None:
     reference = timm()
     state = reference.state_dict()
@@ -213,6 +213,7 @@ def test_what_is_wrapped_around_a_vit(tmp_path: Path, wrap: str) -> None:
         "state_dict": {"state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {"state": {}}},
         "module.": {f"module.encoder.{k}": v for k, v in state.items()},
         "teacher": {"teacher": dino | {"head.mlp.0.weight": torch.ones(2, 2)}, "student": {}},
+        "chunks": {k.replace("blocks.", "blocks.0."): v for k, v in state.items()},
         "student namespace": {"model": state, "args": argparse.Namespace(lr=1e-3)},
     }
     asked = Model(pretrained=write(tmp_path, around[wrap], "w.pth"), image_size=32, **TOLD)
@@ -245,6 +246,15 @@ def test_maes_decoder_stays_behind_and_its_norm_begins_anew_under_mean_pooling(t
         pooled = reference.forward_features(pictures())[:, 1:].mean(1)
         expected = net.classifier(nn.functional.layer_norm(pooled, (32,), eps=1e-6))
         torch.testing.assert_close(net.eval()(pixel_values=pictures()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_norm_that_is_neither_there_nor_needed_is_not_told(tmp_path: Path) -> None:
+    path = write(tmp_path, {k: v for k, v in timm().state_dict().items() if not k.startswith("norm.")})
+    _, told = model.build(Model(pretrained=path, image_size=32, head="keep", **TOLD), CLASSES, 0)
+    assert told.missing == ["vit.layernorm.bias", "vit.layernorm.weight"]
+    _, told = model.build(Model(pretrained=path, image_size=32, head="keep", pool="mean", **TOLD), CLASSES, 0)
+    assert told.missing == ["beit.pooler.layernorm.bias", "beit.pooler.layernorm.weight"]
+    assert told.ignored == []
 
 
 def test_half_precision_in_a_file_becomes_single(tmp_path: Path) -> None:
