@@ -53,7 +53,7 @@ def check(settings: Data) -> None:
             "data.auto_augment and data.colour_jitter work on pixels in loader processes, which data.decode=gpu does "
             "not make there: use data.decode=cpu, or set them to none and 0"
         )
-    _policy(settings.auto_augment, 224, settings.mean)
+    _policy(settings.auto_augment, settings.mean)
 
 
 def change(pixels: torch.Tensor, settings: Data, rng: np.random.Generator) -> torch.Tensor:
@@ -65,7 +65,7 @@ def change(pixels: torch.Tensor, settings: Data, rng: np.random.Generator) -> to
         return pixels
     # Planes lie one after the other, so to merge them takes 200 us, to interleave them by strides 500.
     image = Image.merge("RGB", [Image.fromarray(plane) for plane in pixels.numpy()])
-    if policy := _policy(settings.auto_augment, image.width, settings.mean):
+    if policy := _policy(settings.auto_augment, settings.mean):
         with _seeded(int(rng.integers(2**32))):
             image = policy(image)
     if settings.colour_jitter:
@@ -86,8 +86,8 @@ def _jittered(image: Image.Image, strength: float, rng: np.random.Generator) -> 
 
 
 @functools.cache
-def _policy(notation: str, size: int, mean: tuple[float, ...] | None) -> Policy | None:
-    """The transform of a notation for pictures of `size` pixels; None for "none".
+def _policy(notation: str, mean: tuple[float, ...] | None) -> Policy | None:
+    """The transform of a notation; None for "none".
 
     What rotating and shifting lays bare takes the mean colour, grey if it is not given, as in timm; TrivialAugment's
     is black, as in torchvision.
@@ -101,7 +101,7 @@ def _policy(notation: str, size: int, mean: tuple[float, ...] | None) -> Policy 
     from timm.data import auto_augment as timm
 
     parameters: dict[str, Any] = {
-        "translate_const": int(size * 0.45),  # this and the next line as in timm's transforms_imagenet_train
+        # As in timm's transforms_imagenet_train, whose translate_const no notation of ours comes to use.
         "img_mean": tuple(min(255, round(255 * value)) for value in mean) if mean else (128, 128, 128),
         "interpolation": Image.Resampling.BILINEAR,  # as everything here; bicubic takes twice the time
     }

@@ -84,10 +84,12 @@ def test_the_strongest_posterize_keeps_a_bit() -> None:
     """Where timm asks Pillow for none: half of the strongest RandAugments of this operation would end a run."""
     from timm.data import auto_augment as timm
 
-    policy = colour._policy("rand-m10-inc1", SIZE, None)
+    policy = colour._policy("rand-m10-inc1", None)
     (operation,) = (op for op in policy.ops if op.name == "PosterizeIncreasing")
     operation.prob = 1.0
     assert sorted(np.unique(np.array(operation(as_image(picture()))))) == [0, 128]
+    weakest = colour._policy("rand-m30-mmax30-p1", None).ops[4]  # keeps 12 of 8 bits
+    assert (weakest.name, weakest(as_image(picture()))) == ("Posterize", as_image(picture()))
     assert timm.NAME_TO_OP["PosterizeIncreasing"] is timm.posterize  # other users of timm find it as it was
     colour._policy.cache_clear()
 
