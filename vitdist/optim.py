@@ -79,7 +79,7 @@ def schedule(step: int, total: int, settings: Optim, steps_per_epoch: float = 1.
     now, end = step, total - 1
     if settings.schedule_by == "epoch":
         begun = math.ceil(math.floor(step / steps_per_epoch) * steps_per_epoch)
-        now, end = max(warmup, min(step, begun)), total
+        now, end = min(step, begun), total
     begin = max(warmup, end - round(settings.fall * total)) if settings.schedule == "wsd" else warmup
     p = min(1.0, max(0, now - begin) / max(1, end - begin))
     floor = settings.min_lr

@@ -256,6 +256,12 @@ def test_a_warmup_that_ends_within_a_pass_is_followed_by_the_peak() -> None:
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, *[1] * 3, *[1 - 3 / 15] * 8, *[1 - 11 / 15] * 4])
 
 
+def test_a_pass_begins_with_the_first_update_that_is_wholly_its_own() -> None:
+    s = Optim(lr=1.0, schedule="linear", schedule_by="epoch", warmup=0.0, min_lr=0.0)
+    rates = [optim.schedule(step, 10, s, 2.5) for step in range(10)]
+    assert rates == pytest.approx([1, 1, 1, 0.7, 0.7, 0.5, 0.5, 0.5, 0.2, 0.2])
+
+
 def test_rates_follow_the_batch() -> None:
     s = Optim(lr=1e-3, lr_batch=256)
     assert config.scaled(s, 1024).lr == pytest.approx(4e-3)
