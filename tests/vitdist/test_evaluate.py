@@ -29,11 +29,10 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> dist.Processes:
 
 
 def run(me: dist.Processes, logits: torch.Tensor, labels: torch.Tensor, **more: Any) -> evaluate.Evaluation:
-    """Evaluate in one rank, in batches of 16, a model whose pictures are its logits."""
-    batches = [
-        MicroBatch(logits[rows][:, None, None], labels[rows], rows, torch.ones(len(rows), dtype=torch.bool), [])
-        for rows in torch.arange(len(labels)).split(16)
-    ]
+    """Evaluate in one rank, shuffled and in batches of 16, a model whose pictures are its logits."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    places = torch.cat([torch.tensor([-1]), shuffled])  # logits[-1] are there, and must not count
+    batches = [MicroBatch(logits[rows][:, None, None], labels[rows], rows, rows >= 0, []) for rows in places.split(16)]
     return evaluate.evaluate(
         lambda images: images[:, 0, 0], batches, lambda batch: batch.images, logits.shape[1], len(labels), me, **more
     )
@@ -139,7 +138,7 @@ def test_the_device_works_on_a_batch_while_the_one_before_is_counted(
     seen, table = [], evaluate._table
     monkeypatch.setattr(evaluate, "_table", lambda *each: seen.append("counted") or table(*each))
     monkeypatch.setattr(evaluate, "_log_probabilities", lambda f, x, tta: seen.append("sent") or f(x).log_softmax(1))
-    run(alone, *workers.logits_and_labels(48, 3))
+    run(alone, *workers.logits_and_labels(47, 3))
     assert seen == ["sent", "sent", "counted", "sent", "counted", "counted"]
 
 
