@@ -33,9 +33,10 @@ ALL = settings(mixup=0.8, cutmix=1.0, mix_chance=0.8, erase=0.5)
 @pytest.mark.parametrize("micro", [2, 4, 6, 12, 24])
 def test_splitting_a_batch_changes_nothing(micro: int, by: str) -> None:
     images, targets = batch()
-    start, how = 3 * TOTAL, ALL.model_copy(update={"mix_by": by})
+    start, how = 3 * TOTAL, ALL.model_copy(update={"mix_by": by, "mix_chance": 0.9})
     plan = augment.plan(how, 7, 3, (start, start + TOTAL), TOTAL, SIZE)
     whole = augment.apply(plan, images, targets)
+    assert not torch.equal(whole[1], targets)
     for first in range(0, TOTAL, micro):
         slots = (start + first, start + first + micro)
         part = augment.plan(how, 7, 3, slots, TOTAL, SIZE)
