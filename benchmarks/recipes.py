@@ -42,54 +42,48 @@ COMMON = {
     "evaluation.every_steps": 100_000,
 }
 SETS = {
+    # The checkpoint has seen these pictures whole: crops of 32 pixels, blown up again, are other pictures to it.
     "cifar10": {
         "model.image_size": 32,
-        "train.steps": 300,
-        "data.crop_scale": "[0.5, 1.0]",
+        "train.steps": 150,
+        "data.crop_scale": "[1.0, 1.0]",
+        "data.crop_ratio": "[1.0, 1.0]",
         "data.eval_crop": 1.0,
     },
-    "steel": {
-        "model.image_size": 48,
-        "train.steps": 250,
-        "data.crop_scale": "[0.5, 1.0]",
-        "data.eval_crop": 1.0,
-    },
-    "skin": {
-        "model.image_size": 48,
-        "train.steps": 250,
-        "data.crop_scale": "[0.5, 1.0]",
-        "data.eval_crop": 1.0,
-    },
+    "steel": {"model.image_size": 48, "train.steps": 200, "data.crop_scale": "[0.5, 1.0]", "data.eval_crop": 1.0},
+    "skin": {"model.image_size": 32, "train.steps": 200, "data.crop_scale": "[0.5, 1.0]", "data.eval_crop": 1.0},
 }
 """What a set's runs share."""
 
-HEAD = {"cifar10": "keep", "steel": "new", "skin": "new"}
-RATES = {"adamw": 1e-3, "sgd": 0.05}
+SGD = {"optim.name": "sgd", "optim.weight_decay": 1e-4}
 
 
 def variants(data: str, weights: Path) -> dict[str, dict[str, object]]:
     """Overrides of each row of the table of `data`."""
-    file = {"model.pretrained": str(weights), "model.head": HEAD[data], **FILE}
-    scratch = {"model.scratch": SCRATCH, "optim.layer_decay": 1.0, "optim.lr": 1e-3}
-    tuned = {**file, "optim.layer_decay": 0.75, "optim.lr": 1e-3}
+    known = data == "cifar10"
+    file = {"model.pretrained": str(weights), "model.head": "keep" if known else "new", **FILE}
+    # What needs no more than a touch gets a small rate and an average; a new task gets that of training.
+    small = {"optim.lr": 3e-5, "optim.ema": 0.99, "loss.label_smoothing": 0.0}
+    tuned = {**file, "optim.layer_decay": 0.75, "optim.lr": 1e-3, **(small if known else {})}
     rows = {
-        "from scratch, AdamW": scratch,
+        "from scratch, AdamW": {"model.scratch": SCRATCH, "optim.layer_decay": 1.0, "optim.lr": 1e-3},
         "checkpoint, AdamW, layer decay 0.75": tuned,
         "checkpoint, AdamW, no layer decay": {**tuned, "optim.layer_decay": 1.0},
-        "checkpoint, SGD, layer decay 0.75": {
+        "checkpoint, SGD, layer decay 0.75": {**tuned, **SGD, "optim.lr": 1e-3 if known else 0.05},
+        "checkpoint, SGD, no layer decay": {
             **tuned,
-            "optim.name": "sgd",
-            "optim.lr": RATES["sgd"],
-            "optim.weight_decay": 1e-4,
+            **SGD,
+            "optim.lr": 1e-3 if known else 0.05,
+            "optim.layer_decay": 1.0,
         },
     }
-    if data == "cifar10":
-        # The checkpoint was trained on these pictures: it needs no more than a small rate.
-        rows["checkpoint, AdamW, layer decay 0.75, rate 1e-4"] = {**tuned, "optim.lr": 1e-4}
+    if known:
+        rows["checkpoint, AdamW, layer decay 0.75, rate 1e-3"] = {**tuned, "optim.lr": 1e-3}
     if data == "skin":
-        rows["checkpoint, class weights (inverse)"] = {**tuned, "loss.class_weights": "inverse"}
-        rows["checkpoint, balanced sampling"] = {**tuned, "data.class_shares": "balanced"}
-        rows["checkpoint, logit adjustment 1"] = {**tuned, "loss.logit_adjustment": 1.0}
+        rows["... class weights, inverse"] = {**tuned, "loss.class_weights": "inverse"}
+        rows["... balanced sampling"] = {**tuned, "data.class_shares": "balanced"}
+        rows["... sampling by the root"] = {**tuned, "data.class_shares": "sqrt"}
+        rows["... logit adjustment 1"] = {**tuned, "loss.logit_adjustment": 1.0}
     return rows
 
 
