@@ -512,6 +512,13 @@ def layer_name(layer: int, depth: int) -> str:
     return f"{layer:02d}_{kind}"
 
 
+def dropout(net: nn.Module) -> bool:
+    """Whether units or attention weights are dropped in training, of the checkpoint's own accord or in adapters."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules()) or any(
+        getattr(net.config, name, 0.0) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    )
+
+
 def describe(settings: Model, net: nn.Module, weights: Weights) -> dict[str, object]:
     """The model as a record: name, weights, parameters, trainable."""
     return {

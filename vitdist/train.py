@@ -158,7 +158,7 @@ def _assemble(
     run: RunDir, attempt: int, settings: Config, me: "Processes", journal: "Journal"
 ) -> tuple[Session, dict[str, Any]]:
     """Open the data, build the model and its groups, hand them to DeepSpeed; the second value describes them."""
-    from vitdist import checkpoint, loss, metrics, model, optim
+    from vitdist import checkpoint, decision, loss, metrics, model, optim
     from vitdist.data import augment
     from vitdist.engine import Engine  # asks at import which device `dist` chose
 
@@ -166,6 +166,8 @@ def _assemble(
     augment.check(settings.data, batch.micro_batch)
     training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch))
     losses = loss.Loss(settings.loss, training.class_counts, training.classes)
+    if settings.evaluation.unsure:
+        decision.of(settings.evaluation.unsure, training.classes)  # refuses what it cannot use
     _agree(
         me,
         {
@@ -536,6 +538,8 @@ def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_ov
     """Record what runs, tell it in a few lines, and begin W&B."""
     import torch
 
+    from vitdist import model
+
     device = torch.cuda.get_device_name() if s.me.device.type == "cuda" else "CPU"
     about = about | {
         "world": s.me.world,
@@ -559,6 +563,8 @@ def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_ov
         from vitdist.data import stream
 
         s.journal.say(stream.LOST)
+    if model.dropout(s.net):
+        s.journal.say("note: dropout draws from each rank's own generator: losses depend on the number of ranks")
     if s.val_set.digest in s.training.parts:
         s.journal.say("warning: the validation samples are trained on too: data.val is among data.train")
     auto = " (auto)" if s.settings.engine.precision == "auto" else ""

@@ -516,3 +516,20 @@ def test_flops_are_what_torch_counts(tmp_path: Path, family: str) -> None:
             net.eval()(pixel_values=pictures()[:1])
         counted = counter.get_total_flops()
         assert counted * forwards == pytest.approx(model.flops_per_image(net), rel=0.01)
+
+
+def test_dropout_is_known(tmp_path: Path) -> None:
+    """Of units, of attention, in adapters: each makes losses depend on the number of ranks, which a run says."""
+    plain = saved(stock("vit"), tmp_path / "plain")
+    units = saved(stock("vit", hidden_dropout_prob=0.1), tmp_path / "units")
+    attention = saved(stock("vit", attention_probs_dropout_prob=0.1), tmp_path / "attention")
+    adapters = Lora(rank=4, dropout=0.1)
+    for source, lora, expected in (
+        (plain, None, False),
+        (plain, Lora(rank=4), False),
+        (plain, adapters, True),
+        (units, None, True),
+        (attention, None, True),
+    ):
+        net, _ = model.build(Model(pretrained=source, image_size=32, lora=lora), CLASSES, seed=0)
+        assert model.dropout(net) == expected
