@@ -319,6 +319,22 @@ def averages(changes: dict[str, Any], folder: str, write: bool) -> dict[str, np.
             return {name: w.numpy() for name, w in engine.full_weights(keep=True).items()}
 
 
+def first_step(changes: dict[str, Any]) -> dict[str, Any]:
+    """Whether an engine starts with the weights it is given, rounded, and by how many rates its first update moves."""
+    s = settings(**changes)
+    if s.engine.precision == "fp16":
+        allow_fp16_on_cpu()
+    with dist.processes(1) as me:
+        given, _ = model.build(s.model, CLASSES, s.train.seed)
+        engine, batch, _ = build(s, me)
+        began = engine.full_weights(keep=True)
+        equal = all(torch.equal(began[n], p.detach().to(engine.dtype).float()) for n, p in given.named_parameters())
+        update(engine, s, batch, me)
+        kept = 1 - engine.lrs()["03_head"] * s.optim.weight_decay
+        move = engine.full_weights(keep=True)["classifier.weight"] - kept * began["classifier.weight"]
+        return {"equal": equal, "moved": float(move.abs().mean()) / engine.lrs()["03_head"]}
+
+
 def ended_by(changes: dict[str, Any], spoil: float) -> dict[str, Any]:
     """A good update and one with a loss that is `spoil` times as large: what becomes of the second."""
     s = settings(**changes)

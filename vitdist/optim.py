@@ -78,8 +78,8 @@ def schedule(step: int, total: int, settings: Optim, steps_per_epoch: float = 1.
         return settings.lr * (step + 1) / warmup
     now, end = step, total - 1
     if settings.schedule_by == "epoch":
-        begun = math.ceil(math.floor(step / steps_per_epoch) * steps_per_epoch)
-        now, end = min(step, begun), total
+        # Less what the product may be rounded up by: a pass must not begin after its first update.
+        now, end = math.ceil(math.floor(step / steps_per_epoch) * steps_per_epoch - 1e-6), total
     begin = max(warmup, end - round(settings.fall * total)) if settings.schedule == "wsd" else warmup
     p = min(1.0, max(0, now - begin) / max(1, end - begin))
     floor = settings.min_lr

@@ -61,7 +61,7 @@ def make(settings: Config, classes: int) -> Plan:
             Row(
                 layer=number,
                 name=model.layer_name(number, depth),
-                modules=", ".join(dict.fromkeys(_module(net, name, 0 < number <= depth) for name in own)),
+                modules=", ".join(dict.fromkeys(_module(net, name) for name in own)),
                 parameters=sum(own.values()),
                 decayed=sum(own[name] for name in trained if name not in bare),
                 undecayed=sum(own[name] for name in trained if name in bare),
@@ -76,10 +76,10 @@ def _global_batch(settings: Config) -> int:
     return settings.train.global_batch or config.split_batch(settings.train, 1).global_batch
 
 
-def _module(net: nn.Module, parameter: str, block: bool) -> str:
+def _module(net: nn.Module, parameter: str) -> str:
     """The module that `parameter` counts with, without the name of the family: embeddings, layers.3, classifier."""
     parts = parameter.removeprefix(f"{getattr(net, 'base_model_prefix', '')}.").split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0) if block else 0
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[: number + 1])
 
 

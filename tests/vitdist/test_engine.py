@@ -120,6 +120,21 @@ def test_updates_equal_those_of_plain_torch(
             assert off < 1e-3 * seen["moved"][parameter], parameter
 
 
+@pytest.mark.parametrize(("zero", "precision"), ranks.matrix({(0, "bf16")}, range(4), ("fp32", "bf16", "fp16")))
+def test_training_starts_at_the_given_weights_and_with_a_whole_step(zero: int, precision: str) -> None:
+    """DeepSpeed's wrapper for half precision without ZeRO takes a step of its own before: see Engine."""
+    changes = {
+        "engine.zero": zero,
+        "engine.precision": precision,
+        "optim.weight_decay": 0.3,
+        "engine.loss_scale_power": 10,
+    }
+    seen = ranks.run(workers.first_step, 1, changes)[0]
+    assert seen["equal"]
+    # Adam's first step moves each weight by the rate, whatever its gradient; as its second it would be 0.74 of it.
+    assert seen["moved"] == pytest.approx(1.0, rel=0.02)
+
+
 STREAKS = {(0, "bf16", True), (1, "bf16", False), (3, "fp32", False)}
 
 
