@@ -46,7 +46,7 @@ def seconds(work: Callable[[int], object], number: int) -> float:
 def ours(files: list[bytes], more: dict[str, Any]) -> Callable[[int], object]:
     """A picture as a loader process makes it."""
     settings = Data(train="-", val="-", **more)
-    colour.check(settings)
+    colour.load(settings)
 
     def work(i: int) -> torch.Tensor:
         rng = np.random.default_rng([0, 0, i, 1])

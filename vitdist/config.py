@@ -39,6 +39,18 @@ WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 """Endings of files of weights, as against folders and ids."""
 
 
+# timm itself passes over sections that it does not know: rand-m9-strong and rand-tstrong would be taken.
+_N, _COUNT = r"\d+(?:\.\d+)?", r"[1-9]"
+_RAND = rf"rand(?:-(?:m\d+|n{_COUNT}|p(?:0(?:\.\d+)?|1(?:\.0+)?)|mstd{_N}|mmax[1-9]\d*|inc[01]|t(?:weights|3aw?)))*"
+_AUGMIX = rf"augmix(?:-(?:m\d+|w{_COUNT}|d{_COUNT}|a(?=[\d.]*[1-9]){_N}|b[01]|mstd{_N}))*"
+_AUTO = rf"(?:v0r?|originalr?|3a)(?:-mstd{_N})?"
+_AUTO_AUGMENT = re.compile(rf"none|trivial|{_RAND}|{_AUGMIX}|{_AUTO}")
+_AUTO_AUGMENTS = (
+    "none, trivial, rand (with -m9 -n2 -p0.5 -mstd0.5 -mmax10 -inc1 -tweights|t3a|t3aw), "
+    "augmix (with -m3 -w3 -d2 -a1 -b1 -mstd0.5), v0, v0r, original, originalr, 3a (with -mstd0.5)"
+)
+
+
 class Data(Section):
     train: str | Annotated[dict[str, Share], Field(min_length=1)]
     """Folder or URL of indexed training shards (made by `vitdist pack`); several as {folder: share of the batches}.
@@ -112,6 +124,17 @@ class Data(Section):
             raise ValueError("class_shares: a stream: has no index to choose by; index its shards with `vitdist index`")
         if not any(self.train_sets.values()):
             raise ValueError("train: one of the sets must have a share above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _augmentation(self) -> "Data":
+        if not _AUTO_AUGMENT.fullmatch(self.auto_augment):
+            raise ValueError(f"auto_augment {self.auto_augment!r} is not known; there are: {_AUTO_AUGMENTS}")
+        if self.decode == "gpu" and (self.auto_augment != "none" or self.colour_jitter):
+            raise ValueError(
+                "data.auto_augment and data.colour_jitter work on pixels in loader processes, which data.decode=gpu "
+                "does not make there: use data.decode=cpu, or set them to none and 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -35,8 +35,8 @@ class Plan(NamedTuple):
 
 
 def check(settings: Data, micro_batch: int) -> None:
-    """Raises ValueError if partners would be split, and for what `colour.check` refuses; imports what that needs."""
-    colour.check(settings)
+    """Raises ValueError if partners would be split; imports what auto-augmentation needs."""
+    colour.load(settings)
     if (settings.mixup or settings.cutmix) and micro_batch % 2:
         raise ValueError(
             f"data.mixup and data.cutmix mix pairs: a micro-batch of {micro_batch} must be even; "

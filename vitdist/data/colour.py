@@ -1,6 +1,6 @@
 """What happens to a training picture between crop and mixing: auto-augmentation, then colour jitter.
 
-    colour.check(config.data)                           # once a rank, before loader processes fork
+    colour.load(config.data)                            # once a rank, before loader processes fork
     pixels = colour.change(pixels, config.data, rng)    # in a loader process: uint8 [3, S, S]
 
 Through PIL, as the published recipes do it: timm's operations for RandAugment, AutoAugment, 3-Augment and AugMix,
@@ -13,7 +13,6 @@ process on nothing of this.
 import contextlib
 import functools
 import random
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,33 +25,11 @@ from vitdist.config import Data
 Policy = Callable[[Image.Image], Image.Image]
 """A picture to a changed one of the same size, with draws from the global generators."""
 
-_N, _COUNT = r"\d+(?:\.\d+)?", r"[1-9]"
-# timm itself passes over sections that it does not know: rand-m9-strong and rand-tstrong would be taken.
-_RAND = rf"rand(?:-(?:m\d+|n{_COUNT}|p(?:0(?:\.\d+)?|1(?:\.0+)?)|mstd{_N}|mmax[1-9]\d*|inc[01]|t(?:weights|3aw?)))*"
-_AUGMIX = rf"augmix(?:-(?:m\d+|w{_COUNT}|d{_COUNT}|a(?=[\d.]*[1-9]){_N}|b[01]|mstd{_N}))*"
-_AUTO = rf"(?:v0r?|originalr?|3a)(?:-mstd{_N})?"
-_NOTATION = re.compile(rf"none|trivial|{_RAND}|{_AUGMIX}|{_AUTO}")
-_KNOWN = (
-    "none, trivial, rand (with -m9 -n2 -p0.5 -mstd0.5 -mmax10 -inc1 -tweights|t3a|t3aw), "
-    "augmix (with -m3 -w3 -d2 -a1 -b1 -mstd0.5), v0, v0r, original, originalr, 3a (with -mstd0.5)"
-)
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
-def check(settings: Data) -> None:
-    """Imports what the settings need, so that loader processes have it.
-
-    Raises ValueError for a notation that is not known, and where the pixels are made on the device.
-    """
-    if not _NOTATION.fullmatch(settings.auto_augment):
-        raise ValueError(f"data.auto_augment={settings.auto_augment} is not known; there are: {_KNOWN}")
-    if not _asked(settings):
-        return
-    if settings.decode == "gpu":
-        raise ValueError(
-            "data.auto_augment and data.colour_jitter work on pixels in loader processes, which data.decode=gpu does "
-            "not make there: use data.decode=cpu, or set them to none and 0"
-        )
+def load(settings: Data) -> None:
+    """Import what the settings need, so that loader processes have it."""
     _policy(settings.auto_augment, settings.mean)
 
 
