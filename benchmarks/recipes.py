@@ -70,14 +70,9 @@ def variants(data: str, weights: Path) -> dict[str, dict[str, object]]:
         "checkpoint, AdamW, layer decay 0.75": tuned,
         "checkpoint, AdamW, no layer decay": {**tuned, "optim.layer_decay": 1.0},
         "checkpoint, SGD, layer decay 0.75": {**tuned, **SGD, "optim.lr": 1e-3 if known else 0.05},
-        "checkpoint, SGD, no layer decay": {
-            **tuned,
-            **SGD,
-            "optim.lr": 1e-3 if known else 0.05,
-            "optim.layer_decay": 1.0,
-        },
     }
     if known:
+        rows["checkpoint, SGD, no layer decay"] = {**tuned, **SGD, "optim.lr": 1e-3, "optim.layer_decay": 1.0}
         rows["checkpoint, AdamW, layer decay 0.75, rate 1e-3"] = {**tuned, "optim.lr": 1e-3}
     if data == "skin":
         rows["... class weights, inverse"] = {**tuned, "loss.class_weights": "inverse"}
