@@ -220,7 +220,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _one_start(self) -> "Model":
         if (self.pretrained is None) == (self.scratch is None):
-            raise ValueError("give exactly one of model.pretrained and model.scratch")
+            raise ValueError("give exactly one of model.pretrained and model.scratch (NAME=null takes one away)")
         if self.scratch and self.image_size % self.scratch.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.scratch.patch_size}")
         return self
@@ -260,7 +260,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of train.epochs and train.steps")
+            raise ValueError("give exactly one of train.epochs and train.steps (NAME=null takes one away)")
         if self.global_batch is None and self.micro_batch is None:
             raise ValueError("give train.global_batch (the samples of one update), or train.micro_batch")
         return self
@@ -381,7 +381,9 @@ class Evaluation(Section):
     @model_validator(mode="after")
     def _one_rhythm(self) -> "Evaluation":
         if self.every_epochs and self.every_steps:
-            raise ValueError("give evaluation.every_epochs or evaluation.every_steps, not both")
+            raise ValueError(
+                "give evaluation.every_epochs or evaluation.every_steps, not both (NAME=null takes one away)"
+            )
         return self
 
 

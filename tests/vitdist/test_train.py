@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests import ranks, workers
-from vitdist import checkpoint, rundir
+from vitdist import checkpoint, rundir, selection
 from vitdist import train as trainer
 from vitdist.data.index import Index, build
 from vitdist.data.reader import Bad
@@ -61,7 +61,9 @@ def test_a_run_leaves_everything_that_the_folder_promises(tmp_path: Path, recipe
     evaluation = json.loads(run.evaluation.read_text())
     assert np.sum(evaluation["confusion"]) == 21
     assert evaluation["classes"] == ["blue", "green", "red"]
-    assert {path.name for path in run.checkpoints.iterdir()} == {"step-00000010", "step-00000012"}
+    best, _ = selection.best(selection.history(run, "top1"), "top1") or (0, 0)
+    kept = {checkpoint.name_of(step) for step in (10, 12, best)}
+    assert {path.name for path in run.checkpoints.iterdir()} == kept
     assert yaml.safe_load(run.config.read_text())["optim"]["lr"] == 1e-3
     assert json.loads((run.model / "config.json").read_text())["id2label"] == {"0": "blue", "1": "green", "2": "red"}
     assert len(list(run.wandb.glob("offline-run-*/*.wandb"))) == 1
@@ -82,17 +84,23 @@ def test_a_run_leaves_everything_that_the_folder_promises(tmp_path: Path, recipe
 
 @pytest.mark.parametrize(("world", "zero"), ranks.matrix({(2, 2), (1, 0), (2, 3)}, (1, 2, 3), range(4)))
 def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, recipe: Path, world: int, zero: int) -> None:
-    stage = f"engine.zero={zero}"
-    codes, text = train(tmp_path, world, str(recipe), "--name", "straight", stage)
+    how = [
+        f"engine.zero={zero}",
+        "optim.ema=0.9",
+        "model.drop_path=0.3",
+        "data.mixup=0.8",
+        "loss.class_weights=inverse",
+    ]
+    codes, text = train(tmp_path, world, str(recipe), "--name", "straight", *how)
     assert codes == {0}, text
-    codes, text = train(tmp_path, world, str(recipe), "--name", "stopped", stage, stop_at=7)
+    codes, text = train(tmp_path, world, str(recipe), "--name", "stopped", *how, stop_at=7)
     assert codes == {rundir.EXIT_STOPPED}, text
     assert "stopped by SIGUSR2 at step 7 of 12, checkpoint saved" in text
     assert "to go on: the same command with --name stopped" in text
     run = RunDir(tmp_path / "runs" / "stopped")
     assert rundir.state(run)["state"] == "stopped"
     assert not run.model.exists()
-    codes, text = train(tmp_path, world, str(recipe), "--name", "stopped", stage)
+    codes, text = train(tmp_path, world, str(recipe), "--name", "stopped", *how)
     assert codes == {0}, text
     assert "goes on at step 7 of 12" in text
     straight = RunDir(tmp_path / "runs" / "straight")
@@ -103,7 +111,16 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, recipe: Path, 
     assert len(losses[0]) == 12
 
 
-AUGMENTED = ["data.mixup=0.8", "data.cutmix=1.0", "data.erase=0.5", "data.class_shares={red: 2}"]
+AUGMENTED = [
+    "data.mixup=0.8",
+    "data.cutmix=1.0",
+    "data.erase=0.5",
+    "data.class_shares={red: 2}",
+    "data.auto_augment=rand-m9-mstd0.5-inc1",
+    "model.drop_path=0.3",
+    "loss.class_weights={green: 3}",
+    "loss.logit_adjustment=1",
+]
 
 
 @pytest.mark.parametrize("settings", [[], AUGMENTED], ids=["plain", "augmented"])
@@ -116,6 +133,47 @@ def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path, settings: list
     ]
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     assert found[2] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_a_run_ends_early_and_leaves_its_best_weights(tmp_path: Path, recipe: Path) -> None:
+    """A rate so high that the first evaluation is the best: two worse ones end the run, which goes back to it."""
+    how = ["optim.lr=0.5", "optim.schedule=constant", "optim.clip=0", "optim.weight_decay=0", "train.steps=40"]
+    how += ["evaluation.every_steps=4", "evaluation.patience=2", "evaluation.best=loss", "evaluation.export=best"]
+    how += ["evaluation.unsure.cost=0.3", "optim.warmup=0", "evaluation.every_epochs=null"]
+    codes, text = train(tmp_path, 2, str(recipe), "--name", "early", *how)
+    assert codes == {0}, text
+    run = RunDir(tmp_path / "runs" / "early")
+    history = [(step, value) for step, value in selection.history(run, "loss") if value is not None]
+    best, loss = min(history, key=lambda entry: entry[1])
+    ended = history[-1][0]
+    assert ended == best + 8 < 40
+    assert f"2 evaluations brought no better loss: ends at step {ended} of 40" in text
+    assert f"back to step {best}, the best by loss" in text
+    evaluation = json.loads(run.evaluation.read_text())
+    assert (evaluation["step"], evaluation["metrics"]["loss"]) == (best, pytest.approx(loss))
+    assert evaluation["intervals"]["top1"]
+    state = rundir.state(run)
+    assert (state["state"], state["step"], state["summary"]["loss"]) == ("done", ended, pytest.approx(loss))
+    # The best is older than the two newest, which are kept too; what is exported is the best, its rule with it.
+    assert {path.name for path in run.checkpoints.iterdir()} == {
+        checkpoint.name_of(step) for step in (best, ended - 4, ended)
+    }
+    assert json.loads((run.model / "decision.json").read_text())["unsure"] == 0.3
+
+
+def test_the_average_is_evaluated_and_exported(tmp_path: Path, recipe: Path) -> None:
+    """With a decay of nearly 1 and no warm-up the average stays at the initial weights, whatever was trained."""
+    how = ["optim.ema=0.9999999", "optim.ema_warmup=false"]
+    for name, more in (("averaged", how), ("still", ["train.steps=1", "optim.lr=1e-12"])):
+        codes, text = train(tmp_path, 2, str(recipe), "--name", name, *more)
+        assert codes == {0}, text
+    averaged, still = (RunDir(tmp_path / "runs" / name) for name in ("averaged", "still"))
+    ours, initial = weights(averaged), weights(still)
+    assert all(torch.allclose(ours[name], initial[name], atol=1e-5) for name in ours)
+    rows = rundir.rows(averaged)
+    assert rows[-1]["val/loss"] == pytest.approx(rundir.rows(still)[-1]["val/loss"], abs=1e-4)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses[-1] < losses[0] - 0.02
 
 
 def test_the_exported_model_classifies_digits_as_the_evaluation_did(tmp_path: Path, digits: Path) -> None:
