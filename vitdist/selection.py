@@ -52,6 +52,12 @@ def record(run: RunDir, step: int, metrics: Mapping[str, float]) -> None:
     rundir.publish_json(path(run), {"evaluations": [*_entries(run, step - 1), {"step": step, "metrics": finite}]})
 
 
+def forget_after(run: RunDir, step: int) -> None:
+    """What was evaluated after `step`, where a run goes on from, is undone."""
+    if len(kept := _entries(run, step)) < len(_entries(run, None)):
+        rundir.publish_json(path(run), {"evaluations": kept})
+
+
 def history(run: RunDir, metric: str, up_to: int | None = None) -> list[tuple[int, float | None]]:
     """(step, value) of the evaluations at most at step `up_to`, where a run goes on from; [] before the first one."""
     return [(entry["step"], entry["metrics"].get(metric)) for entry in _entries(run, up_to)]

@@ -110,7 +110,7 @@ class Session:
 
 def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, stopping: StopRequest) -> int:
     """Train to the end or to a stop; returns the exit code (rundir.EXIT_*). Rank 0 asks `place` for the run folder."""
-    from vitdist import checkpoint, dist
+    from vitdist import checkpoint, dist, selection
     from vitdist.tracking import Journal
 
     began = time.monotonic()
@@ -126,6 +126,8 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
 
             # go on where an earlier attempt stopped
             resumed, passed_over = checkpoint.resume(run, session.engine, me, session.identity)
+            if me.first:
+                selection.forget_after(run, resumed or 0)
             _introduce(session, about, resumed, passed_over)
 
             # the loop
@@ -256,9 +258,14 @@ def _export(s: Session, began: float) -> dict[str, float]:
     scores, rule = _evaluate(s, final=True)
     best = _judge(s, scores)[0]
     if s.settings.evaluation.export == "best" and best != ended:
-        checkpoint.load_step(s.run, s.engine, s.me, s.identity, best)
-        s.journal.say(f"back to step {best}, the best by {s.settings.evaluation.best}")
-        scores, rule = _evaluate(s, final=True, log=False)
+        folder = s.run.checkpoints / checkpoint.name_of(best)
+        fault = s.me.from_first(checkpoint.verify(folder) if s.me.first else None)
+        if fault:  # the last weights are whole: a run without any model would be worse
+            s.journal.say(f"warning: {folder.name}, the best, cannot be had ({fault}): exporting the last weights")
+        else:
+            checkpoint.load_step(s.run, s.engine, s.me, s.identity, best)
+            s.journal.say(f"back to step {best}, the best by {s.settings.evaluation.best}")
+            scores, rule = _evaluate(s, final=True, log=False)
     counted = f"{scores['samples']:,} of {len(s.val_set):,}"
     s.journal.say(f"evaluated {counted} validation samples, each once")
     with s.engine.averaged():
@@ -289,8 +296,7 @@ def _steps(
     broken = Broken()
     in_a_row = 0
     engine.train()
-    _, exhausted = _standing(s)  # a run that was interrupted after its early end
-    while engine.steps < s.total and not exhausted:
+    while engine.steps < s.total and not _patience_ends(s, evaluate_every):
         skipped = engine.skipped
         losses.append(_update(s, batches, broken))
         step = engine.steps
@@ -303,18 +309,13 @@ def _steps(
             losses = []
         s.journal.progress(step, "training")
         stop_now = s.me.any(bool(stopping)) and not last
-        with s.meter.paused():
-            # Saved first: an evaluation may be long, and what it costs to do again is little.
-            if step % save_every == 0 or last or stop_now:
+        # Saved first: an evaluation may be long, and what it costs to do again is little.
+        if step % save_every == 0 or last or stop_now:
+            with s.meter.paused():
                 _save(s)
-            # After the last step the end of the run evaluates, also when it was resumed there.
-            if step % evaluate_every == 0 and not last and not stop_now:
-                best, exhausted = _judge(s, _evaluate(s)[0])
-                if best == step or exhausted:
-                    _save(s)
         if stop_now:
             return next(reason for reason in s.me.gather(stopping.reason) if reason)
-    if exhausted:
+    if engine.steps < s.total:
         patience, metric = settings.evaluation.patience, settings.evaluation.best
         s.journal.say(f"{patience} evaluations brought no better {metric}: ends at step {engine.steps} of {s.total}")
     return None
@@ -451,41 +452,49 @@ def _evaluate(s: Session, final: bool = False, log: bool = True) -> "tuple[dict[
     return result.metrics, rule
 
 
+def _patience_ends(s: Session, evaluate_every: int) -> bool:
+    """Evaluate, if that is due at this step and was not done; returns whether the run should end early.
+
+    What a run evaluates hangs on the step and its history alone, not on where it was interrupted. The last step is
+    evaluated by the end of the run.
+    """
+    step = s.engine.steps
+    if step == 0 or step % evaluate_every:
+        return False
+    if s.me.from_first(_standing(s)[2] if s.me.first else None):
+        with s.meter.paused():
+            best, exhausted = _judge(s, _evaluate(s)[0])
+            if best == step or exhausted:
+                _save(s)
+        return exhausted
+    return bool(s.me.from_first(_standing(s)[1] if s.me.first else None))
+
+
 def _judge(s: Session, scores: dict[str, float]) -> tuple[int, bool]:
-    """Remember an evaluation; returns where the run stands with it."""
+    """Remember an evaluation; returns the step of the best so far, and whether the patience is exhausted."""
     from vitdist import selection
 
     if s.me.first:
         selection.record(s.run, s.engine.steps, scores)
-    return _standing(s)
+    return s.me.from_first(_standing(s)[:2] if s.me.first else None)
 
 
-def _standing(s: Session) -> tuple[int, bool]:
-    """The step of the best evaluation so far (the present one before any), and whether the patience is exhausted."""
-    return s.me.from_first((_best(s), _exhausted(s)) if s.me.first else None)
-
-
-def _best(s: Session) -> int:
+def _standing(s: Session) -> tuple[int, bool, bool]:
+    """On rank 0: the best step so far, whether the patience is exhausted, whether this step is not evaluated yet."""
     from vitdist import selection
 
-    metric = s.settings.evaluation.best
-    found = selection.best(selection.history(s.run, metric, s.engine.steps), metric)
-    return found[0] if found else s.engine.steps
-
-
-def _exhausted(s: Session) -> bool:
-    from vitdist import selection
-
-    settings = s.settings.evaluation
-    history = selection.history(s.run, settings.best, s.engine.steps)
-    return selection.exhausted(history, settings.best, settings.patience)
+    metric, patience = s.settings.evaluation.best, s.settings.evaluation.patience
+    history = selection.history(s.run, metric, s.engine.steps)
+    best = selection.best(history, metric)
+    owed = s.engine.steps not in (step for step, _ in history)
+    return best[0] if best else s.engine.steps, selection.exhausted(history, metric, patience), owed
 
 
 def _save(s: Session) -> None:
     from vitdist import checkpoint
 
     s.journal.progress(s.engine.steps, "saving")
-    best = _best(s) if s.me.first else None
+    best = _standing(s)[0] if s.me.first else None
     checkpoint.save(s.run, s.engine, s.me, s.identity, s.attempt, s.settings.checkpoint.keep, best=best)
     s.journal.record(step=s.engine.steps)
 

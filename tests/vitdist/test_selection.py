@@ -52,3 +52,15 @@ def test_a_run_that_goes_back_does_its_evaluations_again(tmp_path: Path) -> None
     assert selection.history(run, "auroc") == [(10, None), (20, None)]
     assert "NaN" not in selection.path(run).read_text()
     assert json.loads(selection.path(run).read_text())["schema"] == 1
+
+
+def test_what_is_undone_is_forgotten(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    selection.forget_after(run, 0)
+    assert not selection.path(run).exists()
+    for step in (10, 20, 30):
+        selection.record(run, step, {"top1": step / 100})
+    selection.forget_after(run, 20)
+    assert selection.history(run, "top1") == [(10, 0.1), (20, 0.2)]
+    selection.forget_after(run, 0)
+    assert selection.history(run, "top1") == []

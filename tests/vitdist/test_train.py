@@ -135,6 +135,36 @@ def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path, settings: list
     assert found[2] == pytest.approx(found[0], abs=1e-5)
 
 
+def test_an_evaluation_that_was_interrupted_is_done_when_the_run_goes_on(tmp_path: Path, recipe: Path) -> None:
+    """Stopped at the step of an evaluation, which is saved before: it belongs to the history all the same."""
+    how = ["evaluation.every_steps=4", "evaluation.every_epochs=null", "checkpoint.keep=5"]
+    for name in ("straight", "stopped"):
+        codes, text = train(tmp_path, 2, str(recipe), "--name", name, *how, stop_at=4 if name == "stopped" else None)
+        assert codes == {0 if name == "straight" else rundir.EXIT_STOPPED}, text
+    straight, stopped = (RunDir(tmp_path / "runs" / name) for name in ("straight", "stopped"))
+    assert selection.history(stopped, "loss") == []
+    codes, text = train(tmp_path, 2, str(recipe), "--name", "stopped", *how)
+    assert codes == {0}, text
+    assert selection.history(stopped, "loss") == selection.history(straight, "loss")
+    assert [step for step, _ in selection.history(stopped, "loss")] == [4, 8, 12]
+
+
+def test_a_best_checkpoint_that_is_damaged_costs_no_model(tmp_path: Path, recipe: Path) -> None:
+    how = ["evaluation.export=best", "evaluation.best=loss", "evaluation.every_steps=4", "evaluation.every_epochs=null"]
+    how += ["checkpoint.keep=5"]
+    assert train(tmp_path, 1, str(recipe), "--name", "r", *how, stop_at=9)[0] == {rundir.EXIT_STOPPED}
+    run = RunDir(tmp_path / "runs" / "r")
+    record = json.loads(selection.path(run).read_text())
+    record["evaluations"][0]["metrics"]["loss"] = 0.0  # so good that it stays the best
+    rundir.publish_json(selection.path(run), record)
+    (run.checkpoints / "step-00000004" / "rng-0.pt").write_bytes(b"torn")
+    codes, text = train(tmp_path, 1, str(recipe), "--name", "r", *how)
+    assert codes == {0}, text
+    assert "warning: step-00000004, the best, cannot be had (rng-0.pt has 4 bytes" in text
+    assert json.loads(run.evaluation.read_text())["step"] == 12
+    assert (run.model / "model.safetensors").exists()
+
+
 def test_a_run_ends_early_and_leaves_its_best_weights(tmp_path: Path, recipe: Path) -> None:
     """A rate so high that the first evaluation is the best: two worse ones end the run, which goes back to it."""
     how = ["optim.lr=0.5", "optim.schedule=constant", "optim.clip=0", "optim.weight_decay=0", "train.steps=40"]
