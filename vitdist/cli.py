@@ -393,7 +393,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.data is None:
         from vitdist import results
 
-        for option in ("tta", "batch", "recall_of", "precision_of", "write_decision", "overrides"):
+        points = ("recall_of", "at_precision", "precision_of", "at_recall")
+        for option in ("tta", "batch", *points, "write_decision", "overrides"):
             if getattr(args, option):
                 named = "settings need" if option == "overrides" else f"--{option.replace('_', '-')} needs"
                 raise ValueError(f"{named} --data: without it the runs' own evaluations are shown")

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vitdist import config, rundir
-from vitdist.config import Config, Pixels, Scratch
+from vitdist.config import Config, Pixels
+from vitdist.data import storage
 from vitdist.results import METRICS, between_words, class_cells, figure, worst_first
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def card(name: str, settings: Config, record: dict[str, Any], evaluation: dict[s
     """The README.md of a run's model, as Hugging Face's hub reads it. Pure.
 
     `settings` as the user gave them; `record` the trainer's record of its attempt; `evaluation` evaluation.json.
-    It names no path of the machine: of folders their last two parts.
+    It names no path of the machine, of folders their last two parts, and no password, signature or command.
     """
     parts = [
         f"---\n{_head(name, settings, record, evaluation)}---\n",
@@ -395,7 +396,9 @@ def _data(settings: Config, record: dict[str, Any]) -> str:
     counts = ("samples", "classes", "smallest_class", "largest_class")
     for kind, words in (("train", "training"), ("val", "validation")):
         of = record["data"][kind]
-        where = f"{words} ({_short(of['folder'])})" if "folder" in of else words
+        # Several sets stand there as "A + B"; in a stream a plus may be part of a command.
+        folders = [of["folder"]] if settings.data.stream else of["folder"].split(" + ") if "folder" in of else []
+        where = f"{words} ({' + '.join(map(_short, folders))})" if folders else words
         cells = (f"{of[key]:,}" if key in of else "-" for key in counts)
         lines.append(f"| {where} | {' | '.join(cells)} | {of.get('digest', '-')} |")
     shares = settings.data.class_shares
@@ -434,7 +437,7 @@ def _given(settings: Config) -> dict[str, Any]:
         for part in (*parents, leaf):
             value = getattr(value, part, None)
         place = found
-        if value == default or value is None or (parents == ["model", "scratch"] and settings.model.scratch is None):
+        if value == default or value is None:
             continue
         for part in parents:
             place = place.setdefault(part, {})
@@ -447,8 +450,11 @@ def _given(settings: Config) -> dict[str, Any]:
     )
     data["val"] = _short(data["val"])
     data.pop("cache", None)
-    if settings.model.scratch and "scratch" not in found["model"]:
-        found["model"]["scratch"] = config.to_plain(Scratch())
+    # That these are there at all turns something on, also with nothing but defaults in them.
+    for parent, name in (("model", "lora"), ("model", "scratch"), ("evaluation", "unsure")):
+        section = getattr(getattr(settings, parent), name)
+        if section is not None:
+            found.setdefault(parent, {}).setdefault(name, config.to_plain(section))
     if "pretrained" in found["model"]:
         found["model"]["pretrained"] = _short(found["model"]["pretrained"])
     found.pop("tracking", None)
@@ -462,8 +468,19 @@ def _hub_id(settings: Config) -> str | None:
 
 
 def _short(place: str) -> str:
-    """The last two parts of an absolute path; URLs and ids as they are."""
-    return "/".join(Path(place).parts[-2:]) if place.startswith("/") else place
+    """What may be published of a folder, id, URL or stream: it hides this machine's paths, secrets and commands."""
+    if place.startswith("stream:"):
+        return "stream:" + "::".join(map(_short_part, place.removeprefix("stream:").split("::")))
+    return "::".join(map(_short_part, storage.shown(place).split("::")))  # "::" may stand in a password too
+
+
+def _short_part(place: str) -> str:
+    if "pipe:" in place:
+        return "pipe:..."
+    place = place.removeprefix("file://")
+    if "://" in place:
+        return storage.shown(place).partition("?")[0]
+    return "/".join(Path(place).parts[-2:])
 
 
 def _short_words(words: str, settings: Config) -> str:

@@ -44,7 +44,15 @@ BATCH = 64
 MOST_COLUMNS = 50
 """Classes that each have a column in a table of predictions; of more, the most probable ones are told."""
 MOST_NAMED = 20
-_SECTIONS = ("data", "model", "evaluation", "engine")
+_SECTIONS = ("data", "model", "evaluation")
+_SAID_OTHERWISE = {
+    "data.train": "nothing is trained here, and what is read is named by the command: --data SHARDS, or the pictures",
+    "data.val": "what is read is named by the command: --data SHARDS, or the pictures",
+    "model.pretrained": "the model is the one that the command names: give that one there",
+    "model.scratch": "the model is the one that the command names, and its shape is known",
+    "model.head": "a finished model keeps its head: leave it out",
+}
+"""Settings that say what the command itself says, and what to do instead."""
 _UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls classes that have no name."""
 
@@ -172,6 +180,10 @@ def _settings(source: Source, overrides: Sequence[str], data: str) -> tuple[Conf
     strange = [text for text in overrides if text.partition(".")[0] not in _SECTIONS]
     if strange:
         raise ValueError(f"{strange[0]}: has no effect on a finished model; {', '.join(_SECTIONS)} have")
+    for text in overrides:
+        name = ".".join(text.partition("=")[0].split(".")[:2])  # alone: a URL in the value may hold a secret
+        if name in _SAID_OTHERWISE:
+            raise ValueError(f"{name}: has no effect on a finished model; {_SAID_OTHERWISE[name]}")
     raw: dict[str, Any] = {
         "data": {"train": "none", "val": data},
         "model": {"pretrained": source.place},
@@ -212,10 +224,13 @@ def run_evaluate(
         if point and point[0] not in index.classes:
             raise ValueError(f"{data}: there is no class {point[0]!r}; there are: {', '.join(index.classes[:20])}")
         model = load(source, overrides, me.device, index.classes, data)
-        if write_decision and (model.settings.evaluation.unsure is None or not Path(model.source.place).is_dir()):
-            raise ValueError(
-                "--write-decision keeps what evaluation.unsure.cost=... says in a model's folder: give both"
-            )
+        unsure, rule = model.settings.evaluation.unsure, None
+        if write_decision:
+            if unsure is None or not Path(model.source.place).is_dir():
+                raise ValueError(
+                    "--write-decision keeps what evaluation.unsure.cost=... says in a model's folder: give both"
+                )
+            rule = decision.of(unsure, model.classes)  # now: costs of classes that it does not name are refused
         if me.first:
             print(model.weights, file=sys.stderr)
         with console.progress("evaluating", len(index), "images", wanted=me.first) as show:
@@ -234,9 +249,8 @@ def run_evaluate(
                 rundir.publish_json(Path(json_file), found)
         for bad in result.bad:
             print(f"could not be read: {bad.key} of {bad.shard}: {bad.detail}", file=sys.stderr)
-        if write_decision:
-            assert model.settings.evaluation.unsure is not None
-            decision.of(model.settings.evaluation.unsure, model.classes).save(Path(model.source.place))
+        if rule:
+            rule.save(Path(model.source.place))
             print(f"decision.json is in {model.source.place}", file=sys.stderr)
         return int(bool(result.bad))
 
@@ -251,6 +265,8 @@ def evaluate(
     """
     order, note = class_order(model.classes, index.classes, index.folder)
     settings, asked = model.settings, model.settings.evaluation
+    if asked.unsure:
+        decision.of(asked.unsure, index.classes)  # refuses what it cannot use, before the work
     batches: Iterable[MicroBatch] = loader.evaluation_batches(
         index, settings, me.rank, me.world, asked.batch or BATCH, me.local_world
     )
@@ -504,6 +520,10 @@ def run_export(
     from vitdist import export, model
 
     found = find(source)
+    if raw and to != "onnx":
+        raise ValueError("--raw-pixels: is for --to onnx; a folder of Hugging Face has an image processor instead")
+    if overrides and found.run and to == "hf":
+        raise ValueError(f"settings: a run's model is copied as it is; to change it, give its folder: {found.place}")
     if out is None and (found.run is None or found.file):
         raise ValueError("--out: where shall it go? Only a run folder has a place of its own for what is exported")
     if classes and not found.file:

@@ -40,6 +40,8 @@ def test_from_pictures_to_shards_and_a_new_index(tmp_path: Path, capsys: pytest.
         (["plan", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["evaluate", "nowhere"], "nowhere is no run folder"),
         (["evaluate", "./nowhere", "--data", "nowhere"], "nowhere: no such folder"),
+        (["evaluate", "nowhere", "--at-precision", "0.9"], "--at-precision needs --data"),
+        (["evaluate", "nowhere", "--at-recall", "0.9"], "--at-recall needs --data"),
         (["predict", "./nowhere", "picture.jpg"], "picture.jpg: no such picture"),
         (["predict", "./nowhere", str(ROOT / "tests")], "no pictures in it"),
         (["export", "./nowhere", "--to", "onnx"], "nowhere: no such run folder"),

@@ -15,6 +15,7 @@ from torch import nn
 from tests import ranks
 from vitdist import cli, config, decision, export, model, rundir
 from vitdist.config import Config, Pixels
+from vitdist.data import storage
 from vitdist.rundir import RunDir
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "card.md"
@@ -323,6 +324,8 @@ def test_the_card_gives_the_settings_that_make_the_model_again() -> None:
         settings(**{"data.train": "{/home/me/a/train: 2, /home/me/b/train: 1}", "optim.name": "sgd"}),
         settings(**{"model.pretrained": "null", "model.scratch": "{}", "evaluation.unsure": "null"}),
         settings(**{"model.lora.rank": 8, "data.class_shares": "{melanoma: 3}"}),
+        # nothing but defaults: that the section is there turns it on
+        settings(**{"model.lora": "{rank: 16, alpha: 16, targets: query-value}", "evaluation.unsure": "{}"}),
     ):
         text = export.card("x", changed, RECORD, EVALUATION, PIXELS)
         again = config.parse(Config, yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]), "card")
@@ -330,6 +333,45 @@ def test_the_card_gives_the_settings_that_make_the_model_again() -> None:
         assert names <= {"data.train", "data.val", "data.cache", "tracking.entity"}
         assert "/home/me" not in text
         assert "/scratch" not in text
+
+
+@pytest.mark.parametrize(
+    ("train", "told", "folder", "tabled"),
+    [
+        ("https://me:TOKEN@host/shards/train?sig=SECRET", "https://host/shards/train", None, None),
+        ("https://me:TO::KEN@host/train", "https://host/train", None, None),
+        ("file:///home/me/skin/train", "skin/train", None, None),
+        (
+            "stream:/home/me/x/{00..09}.tar::https://me:TOKEN@host/b.tar?sig=SECRET::{/home/me/c,/home/me/d}.tar",
+            "stream:x/{00..09}.tar::https://host/b.tar::me/d}.tar",
+            None,
+            "x/{00..09}.tar::https://host/b.tar",  # the record leaves out what stands after a query
+        ),
+        ("stream:pipe:curl -H TOKEN https://host/a + b.tar::s3://a/b.tar", "stream:pipe:...::s3://a/b.tar", None, None),
+        (
+            "{/home/me/skin/train: 2, 'https://me:TOKEN@host/b?sig=SECRET': 1}",
+            {"skin/train": 2.0, "https://host/b": 1.0},
+            "/home/me/skin/train + https://host/b?...",
+            "skin/train + https://host/b",
+        ),
+    ],
+)
+def test_the_card_tells_no_secrets(train: str, told: Any, folder: str | None, tabled: str | None) -> None:
+    import yaml
+
+    changes = {"data.train": train, "data.val": "https://me:TOKEN@host/val?sig=SECRET"}
+    if train.startswith("stream:"):
+        changes |= {"data.stream_samples": "9", "data.allow_pipe": "true"}
+    asked = settings(**{"model.pretrained": "/home/me/models/vit/large"}, **changes)
+    weights = {"weights": "weights of /home/me/models/vit/large: 390 tensors loaded"}
+    of_train = {"folder": folder or storage.shown(str(asked.data.stream or asked.data.train))}
+    data = {"train": of_train, "val": RECORD["data"]["val"] | {"folder": storage.shown(asked.data.val)}}
+    record = RECORD | {"model": RECORD["model"] | weights, "data": data}
+    text = export.card("x", asked, record, EVALUATION, PIXELS)
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["data"]["train"] == told
+    assert f"| training ({tabled or str(told).removeprefix('stream:')}) |" in text
+    assert "| validation (https://host/val) |" in text
+    assert not [word for word in ("TOKEN", "KEN@", "SECRET", "curl", "/home", "sig=") if word in text]
 
 
 def test_the_card_of_many_classes_is_short() -> None:
@@ -371,6 +413,8 @@ def test_the_command(tmp_path: Path, net: Any, capsys: pytest.CaptureFixture[str
         ([str(run.path), "--to", "onnx", "--classes", "x.txt"], "names its classes itself"),
         ([str(run.path), "--to", "hf", "--out", str(tmp_path / "runs")], "is no model folder"),
         (["nowhere", "--to", "hf"], "no such run folder"),
+        ([str(run.path), "--to", "hf", "model.image_size=64"], f"give its folder: {run.model}"),
+        ([str(run.path), "--to", "hf", "--raw-pixels"], "--raw-pixels: is for --to onnx"),
     ):
         assert cli.main(["export", *arguments]) == 2
         assert reason in capsys.readouterr().err

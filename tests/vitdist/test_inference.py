@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from tests import inference_workers, ranks
 from vitdist import cli, config, decision, dist, export, inference, model, rundir
+from vitdist import evaluate as evaluate_
 from vitdist.config import Pixels
 from vitdist.data import transforms
 from vitdist.data.index import Index, build
@@ -371,6 +372,28 @@ def test_settings_are_over_what_the_folder_says(run: RunDir) -> None:
         inference.load(str(run.model), ["optim.lr=1"], CPU)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("engine.precision=bf16", "data, model, evaluation have"),
+        ("data.val=https://me:TOKEN@host/val", "--data SHARDS"),
+        ("data.train=shards/train", "--data SHARDS"),
+        ("model.pretrained=google/vit-base-patch16-224", "the one that the command names"),
+        ("model.scratch.depth=2", "the one that the command names"),
+        ("model.scratch=null", "the one that the command names"),
+        ("model.head=new", "keeps its head"),
+    ],
+)
+def test_settings_that_the_command_says_itself_are_refused(run: RunDir, text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match="has no effect on a finished model") as caught:
+        inference.load(str(run.model), [text], CPU)
+    told = str(caught.value)
+    assert told.startswith(text.partition("=")[0].removesuffix(".depth"))
+    assert reason in told
+    assert "\n" not in told
+    assert "TOKEN" not in told
+
+
 # ---- decisions ---------------------------------------------------------------------------------
 
 
@@ -404,6 +427,24 @@ def test_a_rule_to_keep_must_be_given(alone: Processes, run: RunDir, squares: Pa
     assert cli.main(["evaluate", str(run.model), "--data", str(squares / "val"), "--write-decision"]) == 2
     assert "evaluation.unsure.cost" in capsys.readouterr().err
     assert not (run.model / "decision.json").exists()
+
+
+def test_a_rule_of_unknown_classes_is_refused_before_the_work(
+    tmp_path: Path, alone: Processes, run: RunDir, squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(evaluate_, "evaluate", lambda *_, **__: pytest.fail("the whole evaluation was in vain"))
+    unnamed = tmp_path / "unnamed"
+    export.copy(run.model, unnamed)
+    told = json.loads((unnamed / "config.json").read_text())
+    names = {str(i): f"LABEL_{i}" for i in range(3)}
+    told |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    (unnamed / "config.json").write_text(json.dumps(told))
+    shards = str(squares / "val")
+    of_data, of_none = "evaluation.unsure.costs={red: {blue: 5}}", "evaluation.unsure.costs={rde: {blue: 5}}"
+    assert cli.main(["evaluate", str(unnamed), "--data", shards, of_data, "--write-decision"]) == 2
+    assert "'red' is no class" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run.model), "--data", shards, of_none]) == 2
+    assert "'rde' is no class of the data; did you mean 'red'?" in capsys.readouterr().err
 
 
 # ---- the commands ------------------------------------------------------------------------------
