@@ -145,7 +145,6 @@ def weights(settings: Config) -> list[Finding]:
     usual = {
         "model.heads": (model.heads, "3, 6, 12, 16 in ViT-Ti, S, B, L"),
         "model.layer_norm_eps": (model.layer_norm_eps, "1e-6 in timm, DeiT, MAE, DINO"),
-        "model.activation": (model.activation, "gelu"),
         "data.mean": (data.mean, "[0.485, 0.456, 0.406] in DeiT, MAE, DINO"),
         "data.std": (data.std, "[0.229, 0.224, 0.225]"),
     }

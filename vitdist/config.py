@@ -29,6 +29,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+def _idle(section: Section, names: Iterable[str], needs: str) -> None:
+    """Raises ValueError for a setting that is not at its default and does nothing without another one."""
+    for name in names:
+        if getattr(section, name) != type(section).model_fields[name].default:
+            raise ValueError(f"{name} does nothing without {needs}")
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # YAML has no tuples: a list of exactly two (three) numbers is taken for one.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
@@ -128,6 +135,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _augmentation(self) -> "Data":
+        if not (self.mixup or self.cutmix):
+            _idle(self, ("mix_chance", "mix_by"), "data.mixup or data.cutmix")
         if not _AUTO_AUGMENT.fullmatch(self.auto_augment):
             raise ValueError(f"auto_augment {self.auto_augment!r} is not known; there are: {_AUTO_AUGMENTS}")
         if self.decode == "gpu" and (self.auto_augment != "none" or self.colour_jitter):
@@ -320,6 +329,16 @@ class Optim(Section):
     """Decay of an average of the fp32 weights (0.9999 in EVA-02), which is then evaluated and exported; 0: off."""
     ema_warmup: bool = True
     """The decay begins at 1/10 and rises as (1 + step) / (10 + step), so that short runs forget where they began."""
+
+    @model_validator(mode="after")
+    def _of_others(self) -> "Optim":
+        if self.lr_batch is None:
+            _idle(self, ("lr_scaling",), "optim.lr_batch")
+        if self.name == "sgd":
+            _idle(self, ("betas", "eps"), "optim.name=adamw")
+        else:
+            _idle(self, ("momentum",), "optim.name=sgd")
+        return self
 
     @model_validator(mode="after")
     def _betas(self) -> "Optim":

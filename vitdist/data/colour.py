@@ -72,9 +72,9 @@ def _policy(notation: str, mean: tuple[float, ...] | None) -> Policy | None:
     if notation == "none":
         return None
     if notation == "trivial":
-        from torchvision.transforms.v2 import TrivialAugmentWide
+        from torchvision.transforms.v2 import InterpolationMode, TrivialAugmentWide
 
-        return TrivialAugmentWide()
+        return TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)  # torchvision's default is nearest
     from timm.data import auto_augment as timm
 
     parameters: dict[str, Any] = {

@@ -49,7 +49,7 @@ def reference(notation: str, mean: tuple[int, ...]) -> Any:
     if notation == "trivial":
         from torchvision.transforms import v2
 
-        return v2.TrivialAugmentWide()
+        return v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
     from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 
     how = {"translate_const": int(SIZE * 0.45), "img_mean": mean, "interpolation": Image.Resampling.BILINEAR}
