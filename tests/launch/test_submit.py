@@ -513,6 +513,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A test run in the background of a script inherits that SIGINT is ignored, which no terminal does.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     run = RunDir(place / "runs" / "x")
     deadline = time.monotonic() + 20
