@@ -572,6 +572,12 @@ def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_ov
         from vitdist.data import stream
 
         s.journal.say(stream.LOST)
+    wanted = s.settings.loss
+    if wanted.label_smoothing and (wanted.class_weights != "none" or wanted.logit_adjustment):
+        s.journal.say(
+            "warning: label smoothing promises rare classes more than they have, and class weights and logit "
+            "adjustment multiply that: set loss.label_smoothing=0 (docs/recipes.md)"
+        )
     if model.dropout(s.net):
         s.journal.say("note: dropout draws from each rank's own generator: losses depend on the number of ranks")
     if s.val_set.digest in s.training.parts:

@@ -126,7 +126,9 @@ AUGMENTED = [
 @pytest.mark.parametrize("settings", [[], AUGMENTED], ids=["plain", "augmented"])
 def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path, settings: list[str]) -> None:
     for name, world, more in (("one", 1, []), ("two", 2, ["train.accumulation=3"]), ("three", 3, [])):
-        assert train(tmp_path, world, str(recipe), "--name", name, *settings, *more)[0] == {0}
+        codes, text = train(tmp_path, world, str(recipe), "--name", name, *settings, *more)
+        assert codes == {0}, text
+        assert ("label smoothing promises" in text) == bool(settings)
     found = [
         [row["train/loss"] for row in rundir.rows(RunDir(tmp_path / "runs" / name)) if "train/loss" in row]
         for name in ("one", "two", "three")
