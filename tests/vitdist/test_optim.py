@@ -46,6 +46,21 @@ def test_vit_large_has_52_groups_with_the_scales_of_mae() -> None:
     assert {name: scales[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_names_before_transformers_5_9_give_the_same_groups() -> None:
+    """`vit.encoder.layer.N` instead of `vit.layers.N`: layers are read off the tree, not off names."""
+    net = vit(24)
+    net.vit.encoder = torch.nn.Module()
+    net.vit.encoder.layer = net.vit.layers
+    del net.vit.layers
+    layer, depth = model.layers(net)
+    groups = optim.groups(net, layer, depth, Optim(), model.layer_name)
+    assert any(name.startswith("vit.encoder.layer.23.") for name in groups[-3]["names"])
+    assert [(g["name"], g["lr_scale"], len(g["names"])) for g in groups] == [
+        (g["name"], g["lr_scale"], len(g["names"])) for g in grouped(24)
+    ]
+    assert len(groups) == 52
+
+
 NAMES_IN_TIMM = {
     r"^vit\.embeddings\.cls_token": "cls_token",
     r"^vit\.embeddings\.position_embeddings": "pos_embed",
