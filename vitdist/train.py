@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from vitdist import config, rundir, stop
 from vitdist.config import Batch, Config, Pixels, SettingsError
@@ -65,6 +65,17 @@ class Broken:
     """Row, shard and key of each that any rank has met; the next two count these."""
     reasons: Counter[str] = field(default_factory=Counter)
     shards: Counter[str] = field(default_factory=Counter)
+
+
+class Standing(NamedTuple):
+    """Where a run stands by its evaluations so far."""
+
+    best: int
+    """Step of the best one; the present step before any."""
+    exhausted: bool
+    """Whether the patience is at its end."""
+    owed: bool
+    """Whether the present step is not evaluated yet."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +267,7 @@ def _export(s: Session, began: float) -> dict[str, float]:
     ended = s.engine.steps
     s.journal.progress(ended, "exporting")
     scores, rule = _evaluate(s, final=True)
-    best = _judge(s, scores)[0]
+    best = _judge(s, scores).best
     if s.settings.evaluation.export == "best" and best != ended:
         folder = s.run.checkpoints / checkpoint.name_of(best)
         fault = s.me.from_first(checkpoint.verify(folder) if s.me.first else None)
@@ -461,40 +472,43 @@ def _patience_ends(s: Session, evaluate_every: int) -> bool:
     step = s.engine.steps
     if step == 0 or step % evaluate_every:
         return False
-    if s.me.from_first(_standing(s)[2] if s.me.first else None):
+    standing = _standing(s)
+    if standing.owed:
         with s.meter.paused():
-            best, exhausted = _judge(s, _evaluate(s)[0])
-            if best == step or exhausted:
+            standing = _judge(s, _evaluate(s)[0])
+            if standing.best == step or standing.exhausted:
                 _save(s)
-        return exhausted
-    return bool(s.me.from_first(_standing(s)[1] if s.me.first else None))
+    return standing.exhausted
 
 
-def _judge(s: Session, scores: dict[str, float]) -> tuple[int, bool]:
-    """Remember an evaluation; returns the step of the best so far, and whether the patience is exhausted."""
+def _judge(s: Session, scores: dict[str, float]) -> Standing:
+    """Remember an evaluation; returns where the run stands with it."""
     from vitdist import selection
 
     if s.me.first:
         selection.record(s.run, s.engine.steps, scores)
-    return s.me.from_first(_standing(s)[:2] if s.me.first else None)
+    return _standing(s)
 
 
-def _standing(s: Session) -> tuple[int, bool, bool]:
-    """On rank 0: the best step so far, whether the patience is exhausted, whether this step is not evaluated yet."""
+def _standing(s: Session) -> Standing:
+    """Where the run stands by its history, which rank 0 reads; all ranks call it."""
     from vitdist import selection
 
-    metric, patience = s.settings.evaluation.best, s.settings.evaluation.patience
-    history = selection.history(s.run, metric, s.engine.steps)
+    if not s.me.first:
+        return cast(Standing, s.me.from_first(None))
+    metric, step = s.settings.evaluation.best, s.engine.steps
+    history = selection.history(s.run, metric, step)
     best = selection.best(history, metric)
-    owed = s.engine.steps not in (step for step, _ in history)
-    return best[0] if best else s.engine.steps, selection.exhausted(history, metric, patience), owed
+    exhausted = selection.exhausted(history, metric, s.settings.evaluation.patience)
+    owed = step not in (done for done, _ in history)
+    return cast(Standing, s.me.from_first(Standing(best[0] if best else step, exhausted, owed)))
 
 
 def _save(s: Session) -> None:
     from vitdist import checkpoint
 
     s.journal.progress(s.engine.steps, "saving")
-    best = _standing(s)[0] if s.me.first else None
+    best = _standing(s).best
     checkpoint.save(s.run, s.engine, s.me, s.identity, s.attempt, s.settings.checkpoint.keep, best=best)
     s.journal.record(step=s.engine.steps)
 
