@@ -30,6 +30,9 @@ TORCH_FREE = [
     "vitdist.config",
     "vitdist.rundir",
     "vitdist.stop",
+    "vitdist.faults",
+    "vitdist.watchdog",
+    "vitdist.changes",
     "vitdist.console",
     "vitdist.cli",
     "vitdist.report",
@@ -89,7 +92,7 @@ def test_the_halves_meet_at_the_run_folder(path: Path) -> None:
         assert not any(m.split(".")[0] == "launch" for m in found)
     else:
         ours = {m for m in found if m.startswith("vitdist.")}
-        allowed = ("vitdist.config", "vitdist.rundir", "vitdist.console", "vitdist.data.index")
+        allowed = ("vitdist.config", "vitdist.rundir", "vitdist.console", "vitdist.faults", "vitdist.data.index")
         assert all(m.startswith(allowed) for m in ours), ours
         assert not any(m.split(".")[0] == "torch" for m in found)
 
@@ -135,6 +138,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
             *(m for m in map(module, FILES) if m.startswith("vitdist.data")),
         },
         "vitdist.model": {"vitdist.weights", "vitdist.drop_path"},
+        "vitdist.watchdog": {"vitdist.faults"},
         "vitdist.plan": {"vitdist.model", "vitdist.optim"},
         "vitdist.report": {"vitdist.data", "vitdist.data.index"},  # thumbnails of the worst mistakes
         "vitdist.cli": {
