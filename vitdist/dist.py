@@ -18,7 +18,7 @@ import torch.distributed
 
 # A peer that is gone closes its socket and gloo raises in under a second; this bound is for one that hangs.
 # Reading the weights of a large model on one rank while the others wait is the longest lawful wait.
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT_S = 30 * 60.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Processes:
     device: torch.device
     control: Any
     """Process group of gloo for agreement."""
+    background: Any = None
+    """Another one, for the thread that writes checkpoints beside training: two threads in one group would take
+    each other's messages."""
 
     @property
     def first(self) -> bool:
@@ -57,16 +60,16 @@ class Processes:
         torch.distributed.all_reduce(total, group=self.control)
         return total
 
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in the order of ranks, on all."""
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """The value of every rank, in the order of ranks, on all; over `group`, `control` where none is given."""
         values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self.control)
+        torch.distributed.all_gather_object(values, value, group=group or self.control)
         return values
 
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's value on all."""
+    def from_first(self, value: Any, group: Any = None) -> Any:
+        """Rank 0's value on all; over `group`, `control` where none is given."""
         box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, group=self.control)
+        torch.distributed.broadcast_object_list(box, src=0, group=group or self.control)
         return box[0]
 
     def barrier(self) -> None:
@@ -74,8 +77,12 @@ class Processes:
 
 
 @contextmanager
-def processes(threads: int | None = None) -> Iterator[Processes]:
-    """Join the other ranks and leave them at the end. `threads`: CPU threads of this rank, else its share."""
+def processes(threads: int | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[Processes]:
+    """Join the other ranks and leave them at the end.
+
+    `threads`: CPU threads of this rank, else its share. `timeout_s`: the longest wait for a rank that hangs, in
+    seconds. Raises ValueError for more ranks on a node than it has GPUs.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     if "MASTER_ADDR" not in os.environ:
@@ -95,8 +102,11 @@ def processes(threads: int | None = None) -> Iterator[Processes]:
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world, timeout=TIMEOUT)
-    control = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if gpu else torch.distributed.group.WORLD
+    timeout = timedelta(seconds=timeout_s)
+    torch.distributed.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world, timeout=timeout)
+    # Every rank makes the groups in this order, or they would not find each other.
+    control = torch.distributed.new_group(backend="gloo", timeout=timeout) if gpu else torch.distributed.group.WORLD
+    background = torch.distributed.new_group(backend="gloo", timeout=timeout)
     try:
         yield Processes(
             rank=rank,
@@ -106,9 +116,24 @@ def processes(threads: int | None = None) -> Iterator[Processes]:
             local_world=local_world,
             device=device,
             control=control,
+            background=background,
         )
     finally:
         torch.distributed.destroy_process_group()
+
+
+def bound_all_groups(timeout_s: float) -> None:
+    """Have every process group of this process wait `timeout_s` seconds at most from now on.
+
+    DeepSpeed makes groups of its own for ZeRO and passes them no timeout, so that they wait torch's 30 minutes
+    (gloo; 10 with NCCL) whatever `processes` was given. Call it after they were made.
+    """
+    from torch.distributed import distributed_c10d
+
+    # Public from torch 2.15 on; before it, the same function under this name.
+    set_timeout = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in list(distributed_c10d._world.pg_map):
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _free_port() -> int:
