@@ -6,6 +6,8 @@ The trainer and the launcher show the same. Where the output is no terminal a pl
 """
 
 import contextlib
+import errno
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +15,9 @@ from datetime import timedelta
 from typing import Any
 
 from vitdist.rundir import RunDir
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+"""What a write meets on a disk that is full, over quota or away for a while: no reason to end a training."""
 
 
 class Bar:
@@ -58,7 +63,7 @@ class Bar:
         if self._rich:
             self._rich.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            _print(text)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -70,7 +75,34 @@ class Bar:
     def _write(self) -> None:
         self._next = time.monotonic() + self._every_s
         self._shown = self._line
-        print(self._line, flush=True)
+        _print(self._line)
+
+
+def _print(text: str) -> None:
+    """A line on stdout; lost where the disk behind it is full."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+
+
+class _Forgiving(io.FileIO):
+    """A file descriptor that a full disk makes lose what is written, instead of raising at every print."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return memoryview(data).nbytes
+
+
+def forgiving(descriptor: int) -> io.TextIOWrapper:
+    """A text stream over `descriptor`, written line by line, that a full disk cannot fail, at exit neither."""
+    raw = _Forgiving(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ samples is computed on rank 0, the only one that holds them.
 """
 
 import io
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -254,10 +256,15 @@ def publish(
     classes: list[str],
     settings: config.Evaluation | None = None,
     thorough: bool = False,
+    put: Callable[[Path, str | bytes], None] = rundir.publish,
 ) -> decision.Decision | None:
-    """Write evaluation.json and predictions.npz of the run; returns the rule of decision, for the exported model."""
+    """Write evaluation.json and predictions.npz of the run; returns the rule of decision, for the exported model.
+
+    `put` (path, content) publishes a file; one that keeps the content for later, on a full disk, is fine.
+    """
     found, rule = record(result, classes, settings or config.Evaluation(), thorough)
-    rundir.publish_json(run.evaluation, {"step": step, **found})
+    text = json.dumps({"schema": rundir.SCHEMA, "step": step, **found}, indent=1, ensure_ascii=False)
+    put(run.evaluation, text + "\n")
     arrays = {name: getattr(result, name) for name in ("ids", "labels", "predicted", "confidence")}
     if result.probabilities is not None:
         if rule:
@@ -266,5 +273,5 @@ def publish(
             arrays["probabilities"] = result.probabilities.astype(np.float16)
     table = io.BytesIO()
     np.savez_compressed(table, **arrays)
-    rundir.publish(run.predictions, table.getvalue())
+    put(run.predictions, table.getvalue())
     return rule

@@ -1,15 +1,18 @@
 """Which evaluation was the best, and whether to go on: pure functions over a history. Imports no torch.
 
-    selection.record(run, step, metrics)                       # rank 0, after each evaluation
-    history = selection.history(run, "macro_f1", up_to=step)   # [(step, value), ...]
+    done = selection.Evaluations(run, journal.publish)         # rank 0
+    done.record(step, metrics)                                 # after each evaluation
+    history = done.history("macro_f1", up_to=step)             # [(step, value), ...]
     selection.best(history, "macro_f1"), selection.exhausted(history, "macro_f1", patience)
 
 The history lies in the run folder (evaluations.json) and appears whole. A run that goes on from an earlier step does
 its evaluations again: a record replaces that of its step, and takes away those of later ones, which are undone.
+The running attempt decides by what it holds in memory, so that a full disk changes no decision.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +49,49 @@ def path(run: RunDir) -> Path:
     return run.path / "evaluations.json"
 
 
+class Evaluations:
+    """The evaluations of a run so far: held in memory and, after each change, published.
+
+    `publish` (path, text) puts evaluations.json in its place; one that keeps the text for later is fine.
+    """
+
+    def __init__(self, run: RunDir, publish: Callable[[Path, str], None] = rundir.publish) -> None:
+        self._path, self._publish = path(run), publish
+        self._entries: list[dict[str, Any]] = (rundir.read_json(self._path) or {"evaluations": []})["evaluations"]
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the evaluation at `step`; of that step and later ones nothing else remains."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._set([*self._up_to(step - 1), {"step": step, "metrics": finite}])
+
+    def forget_after(self, step: int) -> None:
+        """What was evaluated after `step`, where a run goes on from, is undone."""
+        if len(kept := self._up_to(step)) < len(self._entries):
+            self._set(kept)
+
+    def history(self, metric: str, up_to: int | None = None) -> list[tuple[int, float | None]]:
+        """(step, value) of the evaluations at most at step `up_to`, where a run goes on from; [] before the first."""
+        return [(entry["step"], entry["metrics"].get(metric)) for entry in self._up_to(up_to)]
+
+    def _up_to(self, step: int | None) -> list[dict[str, Any]]:
+        return [entry for entry in self._entries if step is None or entry["step"] <= step]
+
+    def _set(self, entries: list[dict[str, Any]]) -> None:
+        self._entries = entries
+        record = {"schema": rundir.SCHEMA, "evaluations": entries}
+        self._publish(self._path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
 def record(run: RunDir, step: int, metrics: Mapping[str, float]) -> None:
-    """Add the evaluation at `step`; of that step and later ones nothing else remains."""
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    rundir.publish_json(path(run), {"evaluations": [*_entries(run, step - 1), {"step": step, "metrics": finite}]})
+    """`Evaluations.record` in the run folder. Raises OSError."""
+    Evaluations(run).record(step, metrics)
 
 
 def forget_after(run: RunDir, step: int) -> None:
-    """What was evaluated after `step`, where a run goes on from, is undone."""
-    if len(kept := _entries(run, step)) < len(_entries(run, None)):
-        rundir.publish_json(path(run), {"evaluations": kept})
+    """`Evaluations.forget_after` in the run folder. Raises OSError."""
+    Evaluations(run).forget_after(step)
 
 
 def history(run: RunDir, metric: str, up_to: int | None = None) -> list[tuple[int, float | None]]:
-    """(step, value) of the evaluations at most at step `up_to`, where a run goes on from; [] before the first one."""
-    return [(entry["step"], entry["metrics"].get(metric)) for entry in _entries(run, up_to)]
-
-
-def _entries(run: RunDir, up_to: int | None) -> list[dict[str, Any]]:
-    kept = (rundir.read_json(path(run)) or {"evaluations": []})["evaluations"]
-    return [entry for entry in kept if up_to is None or entry["step"] <= up_to]
+    """`Evaluations.history` of the run folder."""
+    return Evaluations(run).history(metric, up_to)

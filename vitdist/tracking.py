@@ -1,41 +1,86 @@
 """Where the figures of a run go: console, metrics.jsonl, the attempt's record, Weights & Biases.
 
-Rank 0 alone writes. metrics.jsonl is the truth: one line a row, written at once. W&B mirrors it, and
-nothing that W&B does can stop or slow a training: any failure there is told once and W&B is left out.
+Rank 0 alone writes. metrics.jsonl is the truth: one line a row, written at once. W&B mirrors it from a thread of its
+own. Nothing here ends or slows a training: what a full disk does not take is kept in memory and written, in order,
+once there is room; what W&B does not take is told once and left out.
 """
 
+import contextlib
 import json
 import math
 import netrc
 import os
+import queue
 import secrets
+import signal
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlparse
 
 from vitdist import config, rundir
-from vitdist.console import Bar
+from vitdist.console import FULL, Bar, forgiving
 from vitdist.rundir import Attempt, RunDir
+
+MOST_EVENTS = 200
+"""Events that an attempt's record holds; further ones are counted."""
+MOST_KEPT = 10_000
+"""Rows of one file that wait in memory for room: 10 to 20 MB, and a day of training at one row in 9 s."""
+TOLD_AGAIN_S = 600.0
+"""A disk that is full, free and full again within this time is not told of again."""
+RESERVE = 64 * 1024
+"""Bytes held back on the disk for an attempt's last record, which decides whether the launcher starts it again."""
+
+# W&B, in seconds. Its defaults: 90 for a server at the start, for ever at the end, and 15 of rows lost to a SIGKILL.
+START_S, FINISH_S, FLUSH_S = 30.0, 60.0, 1
+GRACE_S = 10.0
+"""What W&B gets beyond START_S and FINISH_S before the training goes on without it."""
+WAITING = 5_000
+"""Rows that may wait for W&B; at 60 figures a row these are 10 MB."""
+HURRIED_S = 20.0
+"""For the end of W&B where an attempt failed or was stopped: torchrun kills it after 30, SLURM after its KillWait."""
+PROBE_EVERY_S = 30.0
+"""How often the disk under W&B is tried: wandb-core tells nobody that it is full (0.31)."""
+
+Publish = Callable[[Path, str | bytes], None]
+"""As rundir.publish: put a whole file in its place."""
 
 
 class Journal:
-    """Rows, the attempt's record and the bar of one attempt; on ranks other than 0 every call does nothing."""
+    """Rows, the attempt's record and the bar of one attempt; on ranks other than 0 every call does nothing.
+
+    `record`, `event`, `warn` and `say` may be called from any thread. `event` and `warn` never wait for a write that
+    another thread does, so that a watchdog can speak while the disk hangs.
+    """
 
     def __init__(self, run: RunDir, attempt: Attempt, first: bool) -> None:
         self._run, self._attempt, self._first = run, attempt, first
         self._record: dict[str, Any] = {"attempt": attempt.number, "state": "running", "started": rundir.now()}
-        self._wandb: Any = None
         self._last: dict[str, float] = {}
+        self._wandb: _Mirror | None = None
+        self._exit, self._step = rundir.EXIT_DONE, 0
+        self._state, self._publishing = threading.Lock(), threading.RLock()
+        self._changed = False
+        self._told = -math.inf
+        self._owed: dict[Path, str | bytes] = {}
         if first:
-            run.metrics.parent.mkdir(parents=True, exist_ok=True)
-            _end_torn_line(run.metrics)
-            self._rows = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in __exit__
             self._bar = Bar(run.name)
+            self._rows, self._bad = _Lines(run.metrics, self._full), _Lines(run.bad_samples, self._full)
+            self._files = (self._rows, self._bad)
+            self._room = attempt.path / ".room"
+            for left in (run.path / "attempts").glob("*/.room"):  # of an attempt that was killed
+                left.unlink(missing_ok=True)
             self.record(step=0, total_steps=None)
+            try:
+                rundir.publish(self._room, bytes(RESERVE))
+            except OSError as error:
+                self._full(self._room, error)
 
     def __enter__(self) -> Self:
         return self
@@ -43,28 +88,57 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._first:
-            if isinstance(error, Exception):
-                self.record(
-                    state="refused" if isinstance(error, ValueError) else "failed",
-                    reason=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                    error={
-                        "type": type(error).__name__,
-                        "message": str(error),
-                        "rank": 0,
-                        "step": self._record["step"],
-                    },
-                    ended=rundir.now(),
-                )
-            self._bar.close()
-            self._rows.close()
-            self._guard(lambda: self._wandb.finish(exit_code=0 if error is None else 1))
+        if not self._first:
+            return
+        self._room.unlink(missing_ok=True)
+        # The record comes before W&B has its say: torchrun kills a failed job's other ranks after 30 s.
+        if isinstance(error, Exception):
+            self.record(
+                state="refused" if isinstance(error, ValueError) else "failed",
+                reason=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                error={"type": type(error).__name__, "message": str(error), "rank": 0, "step": self._record["step"]},
+                ended=rundir.now(),
+            )
+        else:
+            self._publish_record()
+        if self._wandb:
+            # 75 makes a run that was marked as preempting "preempted" at W&B, 0 would make it "finished".
+            code = self._exit if error is None else 1
+            self._wandb.finish(code, FINISH_S + GRACE_S if code == rundir.EXIT_DONE else HURRIED_S)
+        for file in self._files:
+            file.flush()
+        self._pay()
+        self._bar.close()
+        lost = sum(file.close() for file in self._files)
+        names = [path.name for path in self._owed]
+        if lost or names:
+            what = ", ".join([*([f"{lost} rows"] if lost else []), *names])
+            self._bar.print(f"warning: the disk is full to the end: {what} could not be written")
 
     def record(self, **changes: Any) -> None:
-        """Publish the attempt's record with `changes` in it."""
+        """Publish the attempt's record with `changes` in it. On a full disk: as soon as there is room."""
         if self._first:
-            self._record |= changes
-            rundir.publish_json(self._attempt.train, self._record)
+            with self._state:
+                self._record |= changes
+                self._step = self._record.get("step", 0)
+            self._publish_record()
+
+    def event(self, kind: str, text: str) -> None:
+        """Add {time, step, kind, text} to the attempt's record, under "events"."""
+        if not self._first:
+            return
+        with self._state:
+            events = self._record.setdefault("events", [])
+            if len(events) < MOST_EVENTS:
+                events.append({"time": rundir.now(), "step": self._step, "kind": kind, "text": text})
+            else:
+                self._record["events_left_out"] = self._record.get("events_left_out", 0) + 1
+        self._publish_record(wait=False)
+
+    def warn(self, kind: str, text: str) -> None:
+        """`event`, and a line "warning: `text`" on the console."""
+        self.say(f"warning: {text}")
+        self.event(kind, text)
 
     def row(self, step: int, figures: dict[str, float]) -> None:
         """One row of figures at a step, everywhere."""
@@ -73,19 +147,29 @@ class Journal:
         # JSON has no NaN or infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         row = {"attempt": self._attempt.number, "time": round(time.time(), 3), "train/global_step": step, **finite}
-        self._rows.write(json.dumps(row) + "\n")
+        self._rows.add([json.dumps(row)])
         self._last |= figures
+        self._step = step
         self.progress(step, "training")
-        self._guard(lambda: self._wandb.log({k: v for k, v in row.items() if k not in ("attempt", "time")}))
+        if self._wandb:
+            self._wandb.log({k: v for k, v in row.items() if k not in ("attempt", "time")})
+        if self._changed:
+            self._publish_record(wait=False)
+        if self._owed:
+            self._pay()
 
     def bad_samples(self, step: int, kind: str, samples: Sequence[NamedTuple]) -> None:
         """Note broken samples of the "train" or "val" set in the run's list of them."""
-        if not self._first or not samples:
-            return
-        about = {"attempt": self._attempt.number, "step": step, "set": kind}
-        lines = "".join(json.dumps(about | sample._asdict(), ensure_ascii=False) + "\n" for sample in samples)
-        with open(self._run.bad_samples, "a", encoding="utf-8") as file:
-            file.write(lines)
+        if self._first and samples:
+            about = {"attempt": self._attempt.number, "step": step, "set": kind}
+            self._bad.add([json.dumps(about | sample._asdict(), ensure_ascii=False) for sample in samples])
+
+    def publish(self, path: Path, content: str | bytes) -> None:
+        """rundir.publish that a full disk cannot fail: the newest content for `path` is kept and written later."""
+        if self._first:
+            with self._publishing:
+                self._owed.pop(path, None)
+                self._try(path, content)
 
     def progress(self, step: int, phase: str) -> None:
         """Move the bar; `phase` says what goes on."""
@@ -93,7 +177,7 @@ class Journal:
             last = self._last
             self._bar.update(
                 step,
-                self._record["total_steps"] or 0,
+                self._record.get("total_steps") or 0,
                 loss=last.get("train/loss"),
                 images_per_s=last.get("perf/images_per_s"),
                 eta_s=last.get("perf/eta_s"),
@@ -105,68 +189,393 @@ class Journal:
         if self._first:
             self._bar.print(text)
 
+    def stopping(self) -> None:
+        """The run is being stopped by a signal and will go on later: W&B shows it as preempted, not as finished."""
+        self._exit = rundir.EXIT_STOPPED
+        if self._wandb:
+            self._wandb.preempting()
+
+    # ---- a disk without room -------------------------------------------------------------------
+
+    def _publish_record(self, wait: bool = True) -> None:
+        self._changed = True
+        # Who finds the lock taken leaves the work to its holder, who looks again after letting go.
+        while (self._changed or wait) and self._publishing.acquire(blocking=wait):
+            wait = False
+            try:
+                with self._state:
+                    self._changed = False
+                    text = json.dumps({"schema": rundir.SCHEMA, **self._record}, indent=1, ensure_ascii=False) + "\n"
+                self._try(self._attempt.train, text)
+            finally:
+                self._publishing.release()
+
+    def _try(self, path: Path, content: str | bytes) -> bool:
+        """Publish, or owe it. Call with `_publishing` held."""
+        try:
+            rundir.publish(path, content)
+        except OSError as error:
+            self._owed[path] = content
+            self._full(path, error)
+            return False
+        self._owed.pop(path, None)
+        return True
+
+    def _pay(self) -> None:
+        """Publish what is owed; stops at the first file that there is no room for."""
+        if not self._publishing.acquire(blocking=False):
+            return
+        try:
+            owed = len(self._owed)
+            if all(self._try(path, content) for path, content in list(self._owed.items())) and owed:
+                self.event("disk_full", f"room on the disk again: {owed} files that were kept in memory are written")
+        finally:
+            self._publishing.release()
+
+    def _full(self, path: Path, error: OSError | int) -> None:
+        """Tell of a disk that takes nothing (an OSError; others are raised) or again takes rows (their number)."""
+        if isinstance(error, int):
+            self.event("disk_full", f"room on the disk again: {error} rows of {path.name} kept in memory are written")
+            return
+        if error.errno not in FULL:
+            raise error
+        now = time.monotonic()
+        if now - self._told > TOLD_AGAIN_S:
+            self._told = now
+            self.warn(
+                "disk_full",
+                f"{path} cannot be written ({error.strerror}): what is logged is kept in memory until it can be",
+            )
+        self._told = now
+
     # ---- Weights & Biases ----------------------------------------------------------------------
 
     def start_wandb(self, settings: config.Tracking, about: dict[str, Any]) -> None:
-        """Begin or continue the run's W&B run: its id is in the run folder, so a requeue goes on with it."""
+        """Begin or continue the run's W&B run: its id is in the run folder, so a requeue goes on with it.
+
+        Returns when W&B is ready, has failed, or after START_S + GRACE_S seconds, whichever is first.
+        """
         if not self._first or settings.wandb == "off":
             return
-        self._guard(lambda: self._init_wandb(settings, about), always=True)
-
-    def _init_wandb(self, settings: config.Tracking, about: dict[str, Any]) -> None:
-        import wandb
-
-        online = settings.wandb == "online" or (settings.wandb == "auto" and _has_key(wandb.setup().settings))
-        if settings.wandb == "auto" and not online:
-            self.say(
-                f"W&B is kept offline, as there is no API key: `wandb login`, then `vitdist sync {self._run.path}`"
-            )
-        id_file = self._run.wandb / "run-id"
-        if not id_file.exists():
-            rundir.publish(id_file, secrets.token_hex(4))
-        self._wandb = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            id=id_file.read_text(),
-            name=self._run.name,
-            dir=self._run.path,
-            mode="online" if online else "offline",
-            resume="allow",
-            config=about,
-            # Defaults wait 90 s for a server and for ever at the end, and lose 15 s of rows to a SIGKILL.
-            # Remotes of git and captured output may hold secrets.
-            settings=wandb.Settings(
-                init_timeout=30,
-                finish_timeout=60,
-                x_transaction_log_flush_interval=1,
-                console="off",
-                disable_git=True,
-                silent=True,
-            ),
-        )
-        # W&B's own step is shifted when offline parts are joined; ours is the axis.
-        self._wandb.define_metric("train/global_step")
-        self._wandb.define_metric("*", step_metric="train/global_step")
+        self._wandb = _Mirror(self._run, settings, about, self.say, lambda text: self.warn("wandb", text))
+        self._wandb.start()
 
     def wandb_folder(self) -> Path | None:
         """The offline run that `wandb sync` uploads, or None."""
         offline = sorted(self._run.wandb.glob("offline-run-*")) if self._first else []
         return offline[-1] if offline else None
 
-    def _guard(self, call: Any, always: bool = False) -> None:
-        if self._wandb is None and not always:
+
+class _Lines:
+    """Lines added to a file, each whole: those that the disk does not take wait in memory, in their order.
+
+    `tell` gets the path and an OSError that a write met, or the number of lines that were caught up with.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[Path, OSError | int], None]) -> None:
+        self._path, self._tell = path, tell
+        self._handle: int | None = None
+        self._waiting: deque[bytes] = deque()
+        self._lost = 0
+        self._lock = threading.Lock()
+
+    def add(self, lines: Sequence[str]) -> None:
+        """Write `lines`, after those that wait."""
+        with self._lock:
+            self._waiting.extend(f"{line}\n".encode() for line in lines)
+            self._write(new=len(lines))
+            while len(self._waiting) > MOST_KEPT:
+                self._waiting.popleft()
+                self._lost += 1
+
+    def flush(self) -> None:
+        """Try once more to write what waits."""
+        with self._lock:
+            self._write(new=0)
+
+    def close(self) -> int:
+        """Returns how many lines never reached the file."""
+        with self._lock:
+            if self._handle is not None:
+                os.close(self._handle)
+                self._handle = None
+            return self._lost + len(self._waiting)
+
+    def _write(self, new: int) -> None:
+        behind = len(self._waiting) > new
+        caught_up = len(self._waiting)
+        while self._waiting:
+            try:
+                self._whole(self._waiting[0])
+            except OSError as error:
+                self._tell(self._path, error)
+                return
+            self._waiting.popleft()
+        if behind:
+            self._tell(self._path, caught_up)
+
+    def _whole(self, line: bytes) -> None:
+        """Add `line`; where only a part of it finds room, that part is cut off again."""
+        if self._handle is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            _end_torn_line(self._handle)
+        size = os.fstat(self._handle).st_size
+        try:
+            done = 0
+            while done < len(line):
+                done += os.write(self._handle, line[done:])
+        except OSError:
+            # A stale NFS handle stays stale: the next try opens the file anew.
+            handle, self._handle = self._handle, None
+            with contextlib.suppress(OSError):  # what cannot be cut off is ended by _end_torn_line
+                os.ftruncate(handle, size)
+            with contextlib.suppress(OSError):
+                os.close(handle)
+            raise
+
+
+class _Mirror:
+    """One W&B run, driven by a daemon thread through a bounded queue: whatever W&B does, callers go on at once.
+
+    `say` and `warn` take a text. Each way to fail is told of once.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        settings: config.Tracking,
+        about: dict[str, Any],
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._run, self._settings, self._about, self._say, self._warn = run, settings, about, say, warn
+        self._items: queue.Queue[dict[str, Any] | Literal["preempting", "end"]] = queue.Queue(WAITING)
+        self._ready, self._given_up = threading.Event(), threading.Event()
+        self._left_out = False
+        self._dropped = 0
+        self._code = 0
+        self._doing = "start"
+        self._next_probe = 0.0
+        self._folder = run.wandb
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+
+    def start(self) -> None:
+        """Returns when W&B is ready or has failed; after START_S + GRACE_S in any case."""
+        try:
+            # Here and not in the thread: loaders are forked later, and a module half imported would lock theirs.
+            import wandb  # noqa: F401
+        except Exception as error:  # a broken installation raises anything
+            self._fail(error)
+            return
+        self._thread.start()
+        if not self._ready.wait(START_S + GRACE_S):
+            self._warn(
+                f"W&B has not started within {START_S + GRACE_S:.0f} s: the training goes on, its rows wait in memory"
+            )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Hand over a row; dropped where W&B is left out or too many wait."""
+        if self._left_out:
             return
         try:
-            call()
+            self._items.put_nowait(row)
+        except queue.Full:
+            self._dropped += 1
+            if self._dropped == 1:
+                self._warn(
+                    f"W&B has not taken {WAITING} rows: further ones are left out there; {self._run.metrics.name} "
+                    "has them all"
+                )
+
+    def preempting(self) -> None:
+        """Mark the run as one that is being preempted."""
+        self._urgent("preempting")
+
+    def finish(self, code: int, within_s: float) -> None:
+        """End the W&B run with exit code `code`; after `within_s` it is given up, and its service killed."""
+        self._code = code
+        self._urgent("end")
+        if self._thread.ident is None:
+            return
+        self._thread.join(within_s)
+        if self._thread.is_alive():
+            self._given_up.set()
+            if not self._left_out:
+                self._left_out = True
+                self._warn(
+                    f"W&B did not end within {within_s:.0f} s (at its {self._doing}) and is given up{self._rest()}"
+                )
+            # A stopped or stuck service would also hold up the exit of this process, which waits for it.
+            _kill_services()
+            self._thread.join(GRACE_S)
+        if self._dropped:
+            self._warn(f"W&B lacks {self._dropped} rows; {self._run.metrics.name} has them all")
+
+    def _urgent(self, item: Literal["preempting", "end"]) -> None:
+        while not self._left_out:
+            try:
+                self._items.put_nowait(item)
+                return
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self._items.get_nowait()
+                    self._dropped += 1
+
+    # ---- in the thread -------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            run = self._begin()
+            self._ready.set()
+            self._doing = "rows"
+            while (item := self._items.get()) != "end":
+                if item == "preempting":
+                    run.mark_preempting()
+                else:
+                    run.log(item)
+                self._probe()
+            self._doing = "end"
+            self._next_probe = 0.0
+            self._probe()
+            run.finish(exit_code=self._code)
         except Exception as error:  # whatever a tracker raises, training goes on: see the head of this file
-            self._wandb = None
-            self.say(
-                f"W&B failed and is left out from here on ({type(error).__name__}: {error}); metrics.jsonl goes on"
+            self._fail(error)
+        finally:
+            self._ready.set()
+            self._bury()
+
+    def _fail(self, error: Exception) -> None:
+        told, self._left_out = self._left_out, True
+        if told:
+            return
+        if self._doing == "end" and isinstance(error, TimeoutError):
+            self._warn(f"W&B did not take all rows within {FINISH_S:.0f} s of the end{self._rest()}")
+            return
+        self._warn(f"W&B failed and is left out from here on ({_brief(error)}); {self._run.metrics.name} goes on")
+
+    def _rest(self) -> str:
+        """Where rows lie that a server has not taken, and how they get there."""
+        if self._folder == self._run.wandb:
+            return ""
+        return f"; the rest is in the run folder: wandb sync --include-online {self._folder}"
+
+    def _bury(self) -> None:
+        """Take down W&B's service now: its hook at exit would wait for it without a bound, or print a traceback."""
+        import wandb
+
+        if self._left_out:
+            _kill_services()
+        try:
+            wandb.teardown(exit_code=self._code)
+        except Exception as error:
+            if not self._left_out:
+                self._fail(error)
+
+    def _begin(self) -> Any:
+        """The W&B run: online where that is wanted and works, else offline."""
+        import wandb
+
+        wish = self._settings.wandb
+        # W&B asks a person at a terminal for a key, and waits for the answer.
+        online = wish != "offline" and (
+            _has_key(wandb.setup().settings) or (wish == "online" and not sys.stdin.isatty())
+        )
+        if wish != "offline" and not online:
+            self._say(
+                f"W&B is kept offline, as there is no API key: `wandb login`, then `vitdist sync {self._run.path}`"
+            )
+        id_file = self._run.wandb / "run-id"
+        if not id_file.exists():
+            rundir.publish(id_file, secrets.token_hex(4))
+        _try_disk(self._run.wandb)
+        if online:
+            try:
+                return self._init("online", id_file.read_text())
+            except Exception as error:  # no network, no answer, a wrong key: all of them leave the offline way
+                if self._given_up.is_set():
+                    raise
+                self._warn(
+                    f"W&B cannot be reached ({_brief(error)}): kept offline, `vitdist sync {self._run.path}` uploads it"
+                )
+                with contextlib.suppress(Exception):
+                    wandb.teardown()
+        return self._init("offline", id_file.read_text())
+
+    def _init(self, mode: Literal["online", "offline"], name: str) -> Any:
+        import wandb
+
+        run = wandb.init(
+            project=self._settings.project,
+            entity=self._settings.entity,
+            id=name,
+            name=self._run.name,
+            dir=self._run.path,
+            mode=mode,
+            resume="allow",
+            config=self._about,
+            # Remotes of git and captured output may hold secrets.
+            settings=wandb.Settings(
+                init_timeout=START_S,
+                login_timeout=START_S,
+                x_service_wait=START_S,
+                finish_timeout=FINISH_S,
+                finish_timeout_raises=True,
+                x_transaction_log_flush_interval=FLUSH_S,
+                console="off",
+                disable_git=True,
+                silent=True,
+            ),
+        )
+        # W&B's own step is shifted when offline parts are joined; ours is the axis.
+        run.define_metric("train/global_step")
+        run.define_metric("*", step_metric="train/global_step")
+        self._folder = Path(run.dir).parent
+        if not self._folder.is_relative_to(self._run.wandb):  # what 0.31 does where it cannot write
+            self._warn(f"W&B writes to {self._folder}, not to the run folder")
+        return run
+
+    def _probe(self) -> None:
+        """Tell of a full disk under W&B, which W&B itself keeps to its debug log."""
+        if time.monotonic() < self._next_probe:
+            return
+        self._next_probe = time.monotonic() + PROBE_EVERY_S
+        try:
+            _try_disk(self._run.wandb)
+        except OSError as error:
+            self._next_probe = math.inf  # told once
+            self._warn(
+                f"W&B may lack rows: its folder cannot be written ({_brief(error)}); {self._run.metrics.name} goes on"
             )
 
 
+def _brief(error: BaseException) -> str:
+    """Type and first line of an error."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:300]}"
+
+
+def _try_disk(folder: Path) -> None:
+    """Write a few blocks and take them away again. Raises OSError."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".room.") as file:
+        file.write(bytes(RESERVE))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _kill_services() -> None:
+    """Kill the wandb-core processes that this process started."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
+            if name.startswith("wandb-core") and int(rest.split()[1]) == os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
+        except (OSError, UnicodeDecodeError, ValueError, IndexError):
+            continue  # it ended meanwhile, or has a name that is no text
+
+
 def _has_key(settings: Any) -> bool:
-    if settings.api_key:
+    if settings.api_key or settings.identity_token_file:
         return True
     try:
         return netrc.netrc().authenticators(urlparse(settings.base_url).hostname or "") is not None
@@ -174,18 +583,15 @@ def _has_key(settings: Any) -> bool:
         return False
 
 
-def _end_torn_line(path: Path) -> None:
-    """A killed writer may leave half a line: end it, so that the next row stands alone."""
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+def _end_torn_line(handle: int) -> None:
+    """A killed writer may leave half a line: end it, so that the next row stands alone. Raises OSError."""
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        os.write(handle, b"\n")
 
 
 def to_file(path: Path) -> None:
-    """Send this process's output, native libraries' included, to `path`."""
-
+    """Send this process's output, native libraries' included, to `path`; a full disk then loses lines, no run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -193,5 +599,4 @@ def to_file(path: Path) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = forgiving(1), forgiving(2)

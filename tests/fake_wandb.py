@@ -1,0 +1,130 @@
+"""A W&B server for tests, on loopback: takes runs and their rows, and misbehaves as it is told.
+
+    with fake_wandb.Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)   # and WANDB_API_KEY: any 40 letters
+        server.behave = "hang"                             # or "ok", 401, 500: every later request
+        server.rows, server.ends
+
+Covers what wandb-core 0.28 to 0.31 asks during a run (GraphQL and the file stream). It proves nothing about what the
+real server does with the answers.
+"""
+
+import gzip
+import http.server
+import json
+import re
+import threading
+from types import TracebackType
+from typing import Any, Literal, Self
+
+
+class _Quiet(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, address: Any) -> None:
+        """Nothing: clients that were killed close their connections as they please."""
+
+
+class Server:
+    """One project of one user. `behave` may be changed at any time."""
+
+    def __init__(self, behave: Literal["ok", "hang"] | int = "ok") -> None:
+        self.behave: Literal["ok", "hang"] | int = behave
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        """History of each run, by id."""
+        self.ends: list[dict[str, Any]] = []
+        """What the file stream said last of each run: complete, exitcode, preempting."""
+        self.asked = threading.Event()
+        """Set by the first request."""
+        self._over = threading.Event()
+        self._http = _Quiet(("127.0.0.1", 0), self._handler())
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Nothing: a test has nobody to read it."""
+
+            def answer(self) -> None:
+                server.asked.set()
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                status, found = 200, {}
+                if server.behave == "hang":
+                    server._over.wait()
+                    self.close_connection = True
+                    return
+                if isinstance(server.behave, int):
+                    status = server.behave
+                elif self.path.endswith("/graphql"):
+                    found = {"data": server.query(json.loads(body))}
+                elif self.path.endswith("/file_stream"):
+                    server.stream(self.path.split("/")[-2], json.loads(body))
+                content = json.dumps(found).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PUT = answer
+
+        return Handler
+
+    def query(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The data of a GraphQL answer."""
+        name = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
+        values = asked.get("variables") or {}
+        project = {"id": "p", "name": "vitdist", "entity": {"id": "e", "name": "me"}}
+        match name and name[1]:
+            case "Viewer":
+                return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+            case "ServerFeaturesQuery":
+                return {"serverInfo": {"features": []}}
+            case "UpsertBucket":
+                run, new = values["name"], values["name"] not in self.rows
+                self.rows.setdefault(run, [])
+                about = {"id": run, "name": run, "displayName": run, "config": "{}", "sweepName": None}
+                return {"upsertBucket": {"bucket": about | {"project": project}, "inserted": new}}
+            case "RunResumeStatus":
+                return {"model": project | {"bucket": self._known(values["name"])}}
+            case "CreateRunFiles":
+                files = [{"name": file, "uploadUrl": f"{self.url}/files"} for file in values.get("files", [])]
+                return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+            case _:
+                return {}
+
+    def _known(self, run: str) -> dict[str, Any] | None:
+        if run not in self.rows:
+            return None
+        lines = self.rows[run]
+        counts = {"historyLineCount": len(lines), "eventsLineCount": 0, "logLineCount": 0}
+        tails = {"historyTail": json.dumps([json.dumps(line) for line in lines[-1:]]), "eventsTail": "[]"}
+        about = {"id": run, "name": run, "displayName": run, "config": "{}", "summaryMetrics": "{}", "tags": []}
+        return about | counts | tails | {"wandbConfig": '{"t": 1}', "notes": None}
+
+    def stream(self, run: str, sent: dict[str, Any]) -> None:
+        """Rows of a run, and whether it is at its end."""
+        part = (sent.get("files") or {}).get("wandb-history.jsonl")
+        if part:
+            lines = self.rows.setdefault(run, [])
+            lines[part["offset"] :] = [json.loads(line) for line in part["content"]]
+        if sent.get("complete") is not None or sent.get("preempting"):
+            self.ends.append({key: sent.get(key) for key in ("complete", "exitcode", "preempting")})
