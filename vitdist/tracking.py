@@ -43,6 +43,8 @@ GRACE_S = 10.0
 """What W&B gets beyond START_S and FINISH_S before the training goes on without it."""
 WAITING = 5_000
 """Rows that may wait for W&B; at 60 figures a row these are 10 MB."""
+SERVICE_S = 30.0
+"""For wandb-core to come up."""
 HURRIED_S = 20.0
 """For the end of W&B where an attempt failed or was stopped: torchrun kills it after 30, SLURM after its KillWait."""
 PROBE_EVERY_S = 30.0
@@ -518,7 +520,7 @@ class _Mirror:
             settings=wandb.Settings(
                 init_timeout=START_S,
                 login_timeout=START_S,
-                x_service_wait=START_S,
+                x_service_wait=SERVICE_S,
                 finish_timeout=FINISH_S,
                 finish_timeout_raises=True,
                 x_transaction_log_flush_interval=FLUSH_S,

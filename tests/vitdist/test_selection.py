@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitdist import selection
+from vitdist import rundir, selection
 from vitdist.rundir import RunDir
 
 VALUES = st.one_of(st.none(), st.just(math.nan), st.sampled_from([0.1, 0.2, 0.3]), st.just(math.inf))
@@ -64,3 +64,18 @@ def test_what_is_undone_is_forgotten(tmp_path: Path) -> None:
     assert selection.history(run, "top1") == [(10, 0.1), (20, 0.2)]
     selection.forget_after(run, 0)
     assert selection.history(run, "top1") == []
+
+
+def test_C3_decisions_hold_while_the_disk_takes_nothing(tmp_path: Path) -> None:
+    run, full, later = RunDir(tmp_path), [False], []
+    done = selection.Evaluations(run, lambda path, text: later.append(text) if full[0] else rundir.publish(path, text))
+    done.record(10, {"top1": 0.5})
+    full[0] = True
+    for step, value in ((20, 0.9), (30, 0.7)):
+        done.record(step, {"top1": value})
+    assert selection.best(done.history("top1"), "top1") == (20, 0.9)
+    assert selection.exhausted(done.history("top1"), "top1", 1)
+    assert selection.history(run, "top1") == [(10, 0.5)]
+    done.forget_after(20)
+    rundir.publish(selection.path(run), later[-1])
+    assert selection.history(run, "top1") == done.history("top1") == [(10, 0.5), (20, 0.9)]

@@ -1,0 +1,73 @@
+"""Processes that log like a training, for tests of what faults do to them: python -m tests.logs_workers NAME FOLDER."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from vitdist import tracking
+from vitdist.config import Tracking
+from vitdist.rundir import RunDir
+
+ROWS = 20
+
+
+def services() -> list[int]:
+    """The wandb-core processes that this process started and that live."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            about = (process / "stat").read_text()
+        except OSError:
+            continue
+        name, _, rest = about.partition("(")[2].rpartition(")")
+        state, parent = rest.split()[:2]
+        if name.startswith("wandb-core") and int(parent) == os.getpid() and state != "Z":
+            found.append(int(process.name))
+    return found
+
+
+def killed_service(folder: Path) -> None:
+    """W&B's service dies in the middle of a run, by kill -9."""
+    run = RunDir(folder)
+    with tracking.Journal(run, run.attempt(0), first=True) as journal:
+        journal.start_wandb(Tracking(wandb="offline"), {})
+        for pid in services():
+            os.kill(pid, signal.SIGKILL)
+        for step in range(ROWS):
+            journal.row(step, {"train/loss": 1.0})
+        journal.record(state="done")
+
+
+def rows_without_end(folder: Path) -> None:
+    """Logs ROWS rows offline and waits to be killed."""
+    run = RunDir(folder)
+    journal = tracking.Journal(run, run.attempt(0), first=True)
+    journal.start_wandb(Tracking(wandb="offline"), {})
+    for step in range(ROWS):
+        journal.row(step, {"train/loss": 1.0})
+    while True:
+        time.sleep(1)
+
+
+def talkative(folder: Path) -> None:
+    """Prints to a log on a disk that is full."""
+    tracking.to_file(folder / "rank.log")
+    print("before")
+    with open(folder / "ballast", "wb", buffering=0) as file:
+        for size in (4096, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+    for _ in range(2_000):
+        print("x" * 40)
+        print("y" * 40, file=sys.stderr)
+    (folder / "ballast").unlink()
+    print("after")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))
