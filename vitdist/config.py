@@ -8,10 +8,13 @@ What a run really used stands in its folder as `config.yaml`.
 
 import difflib
 import math
+import os
 import re
+import stat
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,7 +29,9 @@ class SettingsError(ValueError):
 class Section(BaseModel):
     """A group of settings: unknown names are refused, values are never coerced or changed later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def _idle(section: Section, names: Iterable[str], needs: str) -> None:
@@ -539,43 +544,159 @@ def total_steps(train: Train, batch: Batch, samples: int) -> int:
 # ---- YAML, overrides, errors -------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars. PyYAML follows YAML 1.1, in which 3e-4 is a string, off is false and 12:00:00 is 43200."""
-
+MOST_BYTES = 1_000_000
+"""Of a file of settings: a weight for each of ImageNet-21k's classes takes a third of it."""
+MOST_VALUES, DEEPEST = 100_000, 50
+"""Names and values of a file, and how deep they may lie in each other. What an alias repeats counts again: 500 bytes of
+aliases can mean 2^60 values."""
+MOST_FAULTS = 20
+"""That are told one by one."""
 
 _SCALARS = {
-    "tag:yaml.org,2002:float": (r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+", "-+.0123456789"),
-    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][\d_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
-    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(?:0|[1-9][\d_]*|0x[0-9a-fA-F]+)", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": (r"<<", ["<"]),
 }
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
+_PATTERNS = {name: re.compile(rf"(?:{pattern})\Z", re.ASCII) for name, (pattern, _) in _SCALARS.items()}
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema and `<<`. PyYAML follows YAML 1.1, in which 3e-4 is a string, off is false and 12:00:00 is
+    43200, and has dates, sets and bytes, whose constructors fail on what they do not expect."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        if kind in _PATTERNS and not (isinstance(node, yaml.ScalarNode) and _PATTERNS[kind].match(node.value)):
+            raise _fault_at(node, f"{_shown(node.value)} is no {kind}")
+        return super().construct_object(node, deep)
+
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        """Within 64 bits: what reckons with settings need not fear overflows, nor Python its own limit of digits."""
+        digits = node.value.replace("_", "")
+        number = int(digits, 16 if "x" in digits else 10) if len(digits) <= 20 else 2**63
+        if abs(number) >= 2**63:
+            raise _fault_at(node, f"{_shown(node.value)} is too large: whole numbers go to 2^63")
+        return number
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either of the two YAMLs would take for something else than text."""
+
+
+_KEPT = {None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq", "map"))}
+_Loader.yaml_constructors = {tag: make for tag, make in _Loader.yaml_constructors.items() if tag in _KEPT}
+_Loader.yaml_implicit_resolvers = {}
+for _name, (_, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, _PATTERNS[_name], _first)
+    _Dumper.add_implicit_resolver(_TAG + _name, _PATTERNS[_name], _first)
+_Loader.add_constructor(_TAG + "int", _Loader.whole_number)
 
 Settings = TypeVar("Settings", bound=Section)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises SettingsError if it is missing, unreadable or no mapping."""
+    place = _cut(str(path))
     try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        # A pipe would be waited for, and a device may never end.
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise SettingsError(f"{place}: is no file")
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise SettingsError(f"{place}: over {MOST_BYTES:,} bytes, so no settings")
+        raw = _meaning(content.decode())
     except FileNotFoundError:
         folder = Path(path).parent
         near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.yaml")], 1)
         hint = f"; did you mean {folder / near[0]}?" if near else f"; there are: {_listing(folder)}"
-        raise SettingsError(f"{path}: no such file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read: {error}") from None
+        raise SettingsError(f"{place}: no such file{hint}") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{place}: cannot be read: no UTF-8 at byte {error.start:,}") from None
+    except OSError as error:
+        raise SettingsError(f"{place}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(f"{place}: not valid YAML: {_where(error)}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
         raise SettingsError(f"{path}: must hold settings as `name: value`, not a {type(raw).__name__}")
     return raw
+
+
+def _meaning(text: str) -> Any:
+    """What a YAML text says. Raises yaml.YAMLError, also for what is too large, too deep or names a setting twice."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measured(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError(f"nested more than {DEEPEST} deep") from None
+    finally:
+        loader.dispose()
+
+
+def _measured(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node means, aliases written out, and how deep they lie. Raises yaml.YAMLError."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 1
+    fault = None
+    if id(node) in known:
+        measure = known[id(node)]
+        if measure:
+            return measure
+        fault = "an alias inside of what it stands for"
+    known[id(node)] = None
+    if isinstance(node, yaml.MappingNode):
+        names = Counter((name.tag, name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode))
+        twice = [
+            name for name, _ in node.value if isinstance(name, yaml.ScalarNode) and names[name.tag, name.value] > 1
+        ]
+        if twice:
+            raise _fault_at(twice[1], f"{_shown(twice[1].value)} is given twice")
+    if not fault:
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        measures = [_measured(part, known) for part in parts]
+        values, levels = 1 + sum(m[0] for m in measures), 1 + max((m[1] for m in measures), default=0)
+        if values > MOST_VALUES:
+            fault = f"more than {MOST_VALUES:,} values"
+        elif levels > DEEPEST:
+            fault = f"nested more than {DEEPEST} deep"
+        known[id(node)] = values, levels
+    if fault:
+        raise _fault_at(node, fault)
+    return values, levels
+
+
+def _fault_at(node: yaml.Node, what: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """A fault of YAML in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    what = " ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(what.split())}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    return _cut(repr(value), 100)
+
+
+def _cut(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
 
 
 def _listing(folder: Path) -> str:
@@ -587,12 +708,12 @@ def override(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     merged = {key: override(value, []) if isinstance(value, Mapping) else value for key, value in raw.items()}
     for text in overrides:
         name, equals, value = text.partition("=")
-        if not equals or not all(part.isidentifier() for part in name.split(".")):
-            raise SettingsError(f"{text!r}: an override is written section.name=value, such as optim.lr=3e-4")
+        if not equals or not all(part.isidentifier() for part in name.split(".")) or name.count(".") >= DEEPEST:
+            raise SettingsError(f"{_shown(text)}: an override is written section.name=value, such as optim.lr=3e-4")
         try:
-            parsed = yaml.load(value, _Loader)
-        except yaml.YAMLError:
-            raise SettingsError(f"{text!r}: {value!r} is not a YAML value") from None
+            parsed = _meaning(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{_shown(text)}: is not a YAML value ({_where(error)})") from None
         *parents, leaf = name.split(".")
         place = merged
         for part in parents:
@@ -604,15 +725,45 @@ def override(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]
 
 
 def parse(kind: type[Settings], raw: Mapping[str, Any], source: str | Path) -> Settings:
-    """Check `raw` against `kind`. Raises SettingsError with every fault, its dotted name and a hint."""
+    """Check `raw` against `kind`. Raises SettingsError with the faults, the dotted name of each and a hint."""
+    faults = [f"{name}: {_shown(text)} is no UTF-8" for name, text in _texts(raw) if not _encodable(text)]
+    more = 0
     try:
-        return kind.model_validate(raw)
+        settings = kind.model_validate(raw)
     except ValidationError as error:
-        found = [(_fault(kind, e["loc"], e["msg"], e["type"], e.get("input")), e["type"]) for e in error.errors()]
         # Where a setting may be of several types, the fault of the type that was meant is the one to tell.
+        told = error.errors(include_url=False)
+        found = [
+            (_fault(kind, e["loc"], e["msg"], e["type"], e.get("input")), e["type"]) for e in told[: 5 * MOST_FAULTS]
+        ]
         meant = {fault.split(":")[0] for fault, code in found if not code.endswith("_type")}
-        faults = dict.fromkeys(f for f, code in found if not code.endswith("_type") or f.split(":")[0] not in meant)
-        raise SettingsError(f"{source}: unusable settings\n" + "\n".join(f"  {fault}" for fault in faults)) from None
+        faults += dict.fromkeys(f for f, code in found if not code.endswith("_type") or f.split(":")[0] not in meant)
+        more = len(told) - len(found)
+    if more + len(faults) > MOST_FAULTS:
+        faults[MOST_FAULTS:] = [f"and {more + len(faults) - MOST_FAULTS:,} more"]
+    if faults:
+        raise SettingsError(f"{_cut(str(source))}: unusable settings\n" + "\n".join(f"  {fault}" for fault in faults))
+    return settings
+
+
+def _texts(raw: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of every text in settings, names too."""
+    if isinstance(raw, str):
+        yield name, raw
+    for key, value in raw.items() if isinstance(raw, Mapping) else ():
+        yield from ((name, key),) if isinstance(key, str) else ()
+        yield from _texts(value, f"{name}.{key}".removeprefix("."))
+    for value in raw if isinstance(raw, list) else ():
+        yield from _texts(value, name)
+
+
+def _encodable(text: str) -> bool:
+    """Whether records and logs can hold it: a command line may have other bytes, YAML half of a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -636,7 +787,7 @@ def with_absolute_paths(settings: Config) -> Config:
         }
     )
     model, pretrained = settings.model, settings.model.pretrained
-    if pretrained and (Path(pretrained).exists() or pretrained.startswith((".", "/", "~"))):
+    if pretrained and (os.path.exists(pretrained) or pretrained.startswith((".", "/", "~"))):
         model = model.model_copy(update={"pretrained": _absolute(pretrained)})
     return settings.model_copy(update={"data": data, "model": model})
 
@@ -647,7 +798,12 @@ def _absolute_pattern(pattern: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().resolve())
+    if "://" in path:
+        return path
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, no such user, a NUL
+        raise SettingsError(f"{_shown(path)}: is no path: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _fault(kind: type[Section], loc: tuple[int | str, ...], message: str, code: str, given: Any) -> str:
@@ -657,7 +813,7 @@ def _fault(kind: type[Section], loc: tuple[int | str, ...], message: str, code: 
         if isinstance(part, str) and (part in fields or (code == "extra_forbidden" and part == loc[-1])):
             names.append(part)
             fields = _fields(_section_of(fields[part].annotation)) if part in fields else {}
-    dotted = ".".join(names)
+    dotted = _cut(".".join(name if name.isprintable() else repr(name)[1:-1] for name in names))
     if code == "extra_forbidden":
         siblings = _fields(_section_at(kind, names[:-1]))
         near = difflib.get_close_matches(names[-1], siblings, 1)
@@ -671,7 +827,7 @@ def _fault(kind: type[Section], loc: tuple[int | str, ...], message: str, code: 
     message = message.removeprefix("Value error, ")
     if code == "value_error":
         return f"{dotted}: {message}" if dotted else message
-    return f"{dotted}: {message[0].lower()}{message[1:]}, not {given!r}"
+    return f"{dotted}: {message[0].lower()}{message[1:]}, not {_shown(given)}"
 
 
 def _fields(kind: type[Section] | None) -> dict[str, Any]:
@@ -740,7 +896,7 @@ def to_plain(value: Any) -> Any:
 
 def to_yaml(settings: Section) -> str:
     """Settings as YAML text that `parse` reads back to an equal object."""
-    return yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_plain(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def difference(old: Section, new: Section) -> list[str]:
