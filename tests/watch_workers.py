@@ -1,16 +1,24 @@
 """What the ranks of tests/vitdist/test_watchdog.py and test_metrics.py do."""
 
+import errno
+import itertools
 import os
+import re
 import signal
+import sys
 import threading
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 
-from vitdist import dist
+from vitdist import dist, rundir, watchdog
+from vitdist.rundir import Attempt
+from vitdist.watchdog import Watchdog
 
 
 def wait_until_stopped(pid: int) -> None:
@@ -59,3 +67,91 @@ def two_threads(rounds: int) -> tuple[list[Any], list[Any]]:
         ahead = [me.gather((me.rank, i)) for i in range(rounds)]
         thread.join(30)
         return ahead, behind
+
+
+# ---- hangs ------------------------------------------------------------------------------------------
+
+
+def stand_still() -> None:
+    """Hang, as a deadlock in one's own code does."""
+    threading.Event().wait()
+
+
+def hold_the_lock() -> None:
+    """Hang in C with the interpreter's lock held, for longer than any test takes."""
+    re.match("(a+)+$", "a" * 60 + "!")
+
+
+def stop_as_a_whole() -> None:
+    """Stop every thread of this process, until another one sends SIGCONT; then live for some ticks of the watchdog."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.3)
+
+
+def two_ranks(folder: str, limit_s: float, how: str, rank_1_limit_s: float | None = None) -> str:
+    """Three steps of training; in the fourth rank 1 hangs in its own way and rank 0 waits in a collective operation."""
+    attempt = Attempt(Path(folder))
+    with dist.processes(1, timeout_s=60) as me:
+        sys.stderr = open(attempt.path / f"stderr-{me.rank}", "w", buffering=1)  # noqa: SIM115
+        pids = me.gather(os.getpid())
+
+        def on_hang(text: str) -> None:
+            (attempt.path / f"on_hang-{me.rank}").write_text(text)
+            if me.first and how != "stand_still":
+                os.kill(pids[1], signal.SIGCONT if how == "stop_as_a_whole" else signal.SIGKILL)
+
+        with Watchdog(attempt, me.rank, me.world, limit_s, on_hang) as dog:
+            for step in range(4):
+                dog.mark(step, "training", None if me.first else rank_1_limit_s)
+                if step == 3 and not me.first:
+                    globals()[how.removesuffix("_late")]()
+                    return "went on"
+                me.barrier()
+    return "no hang"
+
+
+def alone(folder: str, how: str) -> None:
+    """One process that hangs while the run folder does."""
+    attempt = Attempt(Path(folder))
+    sys.stderr = open(attempt.path / "stderr", "w", buffering=1)  # noqa: SIM115
+
+    def publish_json(path: Path, record: object) -> None:
+        if how == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        stand_still()
+
+    rundir.publish_json = publish_json
+    watchdog.REPORT_S = 0.3
+    with Watchdog(attempt, 0, 1, 0.5, (attempt.path / "on_hang").write_text, grace_s=0.1):
+        stand_still()
+
+
+def debugged(folder: str) -> bool:
+    """Whether a process whose main thread is in a debugger lives on after its limit."""
+    with Watchdog(Attempt(Path(folder)), 0, 1, 0.2) as dog:
+
+        def prompt(goes_on: Callable[[], bool]) -> bool:
+            while goes_on():
+                pass
+            return True
+
+        in_pdb = types.FunctionType(prompt.__code__, {"__name__": "pdb"})
+        seen = [0.0]
+
+        def forgiven_twice() -> bool:
+            seen.append(dog._waited)
+            return sum(after < before for before, after in itertools.pairwise(seen)) < 2
+
+        return in_pdb(forgiven_twice)
+
+
+def busy(folder: str, marks: int) -> list[str]:
+    """A process that goes on for longer than its limit; what it leaves in the run folder."""
+    attempt = Attempt(Path(folder))
+    with Watchdog(attempt, 0, 1, 0.2) as dog:
+        for step in range(marks):
+            dog.mark(step, "training")
+            seen = dog._mark
+            while dog._waited == 0 or dog._mark is not seen:  # until the watchdog has counted since the mark
+                time.sleep(0.001)
+    return [str(path) for path in attempt.path.rglob("*") if path.is_file()]
