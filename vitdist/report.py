@@ -1,4 +1,4 @@
-"""The run as one page, runs/NAME/report.html: verdict, what ran, curves, classes, mistakes, starts, commands.
+"""The run as one page, runs/NAME/report.html: verdict, what ran, curves, classes, mistakes, interruptions, commands.
 
     vitdist report runs/NAME
 
@@ -15,9 +15,11 @@ import base64
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +31,7 @@ import vl_convert
 from markupsafe import Markup
 from PIL import Image
 
-from vitdist import config, rundir
+from vitdist import config, faults, rundir
 from vitdist.config import Config
 from vitdist.data import index
 from vitdist.data.index import Index
@@ -60,10 +62,19 @@ class Start:
     first: int
     """Steps done when it began."""
     last: int
+    """Steps done at its end; of one that was killed as far as rows tell, so at least."""
+    trained: bool
+    """Whether it came as far as going on with the training."""
+    remedy: str
+    """What to do about its end, if a rank noted what that was."""
+    events: list[Record]
+    left_out: int
+    """Events beyond those that its record holds."""
 
     @property
     def seconds(self) -> float:
-        return self.ended - self.began if self.ended and self.began else 0.0
+        # Two hosts' clocks may disagree.
+        return max(0.0, self.ended - self.began) if self.ended and self.began else 0.0
 
 
 @dataclass(frozen=True)
@@ -131,16 +142,25 @@ def read(run: RunDir) -> Facts:
 
 def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None) -> Start:
     record, job = rundir.read_json(attempt.train) or {}, rundir.read_json(attempt.job) or {}
+    noted = faults.read(attempt)
+    fault = faults.root(noted) or next(iter(noted), None)
     state = record.get("state", "running")
     if state == "running":
         known = job.get("state") in ("done", "failed", "refused", "stopped", "requeued")
         # lost: no one lived to say how it ended
-        state = job["state"] if known else "running" if newest else "lost"
+        state = job["state"] if known else "failed" if fault else "running" if newest else "lost"
+    if state in ("done", "stopped"):
+        fault = None  # a rank that lost the others while all were leaving
     error, first = record.get("error"), record.get("resumed_from") or 0
     why = f"{error['type']}: {error['message']}" if error else record.get("reason") or job.get("cause") or ""
+    if fault:
+        host, at = fault.host and f" on {fault.host}", fault.where and f" at {fault.where}"
+        what = f"rank {fault.rank}{host}, step {fault.step:,}, {fault.phase}{at}"
+        why = f"{fault.word.replace('_', ' ')} ({what}): {fault.type}: {fault.message}"
     hosts = job.get("hosts") or []
     nodes = ", ".join(hosts[:8]) + (" ..." if hosts[8:] else "")
     began, ended = (record.get(key) or job.get(key) for key in ("started", "ended"))
+    seen = max(fault.time, seen or 0.0) if fault else seen
     return Start(
         number=attempt.number,
         state=state,
@@ -149,8 +169,29 @@ def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None)
         began=datetime.fromisoformat(began).timestamp() if began else None,
         ended=datetime.fromisoformat(ended).timestamp() if ended else seen,
         first=first,
-        last=max(record.get("step") or 0, step, first),
+        last=max(record.get("step") or 0, step, first, fault.step if fault else 0),
+        trained="resumed_from" in record,
+        remedy=faults.WORDS.get(fault.word, "") if fault else "",
+        events=list(record.get("events") or ()),
+        left_out=record.get("events_left_out", 0),
     )
+
+
+def undone(starts: Sequence[Start]) -> list[int]:
+    """Of each start the steps that came to nothing: those beyond the one that the next training start went on from."""
+    lost = []
+    for i, start in enumerate(starts):
+        following = next((later for later in starts[i + 1 :] if later.trained), None)
+        lost.append(max(0, start.last - max(start.first, following.first)) if start.trained and following else 0)
+    return lost
+
+
+def waits(starts: Sequence[Start]) -> list[float | None]:
+    """Seconds from the end of the start before to the beginning of each; None where that is not known."""
+    found: list[float | None] = [None] if starts else []
+    for before, start in itertools.pairwise(starts):
+        found.append(max(0.0, start.began - before.ended) if start.began and before.ended else None)
+    return found
 
 
 def _reached(run: RunDir) -> dict[int, tuple[int, float | None]]:
@@ -161,7 +202,8 @@ def _reached(run: RunDir) -> dict[int, tuple[int, float | None]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # half a line, of a writer that was killed
-        found[row["attempt"]] = row["train/global_step"], row.get("time")
+        earlier = found.get(row["attempt"], (0, None))[1]
+        found[row["attempt"]] = row["train/global_step"], row.get("time", earlier)
     return found
 
 
@@ -252,8 +294,8 @@ def verdict(facts: Facts) -> tuple[str, str]:
             starts = f" and {len(facts.starts)} starts" if len(facts.starts) > 1 else ""
             return "finished", f"Trained to the end, {step:,} steps{took}{starts}{good and ': '}{good}."
         case "failed" | "refused":
-            rank = f" on rank {error['rank']}" if error.get("rank") is not None else ""
-            cause = facts.starts[-1].why or "No cause is recorded"
+            cause, noted = facts.starts[-1].why or "No cause is recorded", facts.starts[-1].remedy
+            rank = f" on rank {error['rank']}" if error.get("rank") is not None and not noted else ""
             word, text = "failed", f"Failed at {place}{rank}. {cause.rstrip('.')}."
         case "stopped" | "requeued":
             word, why = "stopped", facts.starts[-1].why
@@ -390,7 +432,7 @@ def page(facts: Facts) -> str:
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
-    sections = (head, what_ran, curves, rates, optimizer, speed, classes, mistakes, starts, commands)
+    sections = (head, what_ran, curves, rates, optimizer, speed, classes, mistakes, reliability, commands)
     return html(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: vitdist report</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -682,31 +724,98 @@ def thumbnail(stored: bytes) -> str:
     return data_uri(picture, "JPEG")
 
 
-def starts(facts: Facts) -> Markup:
-    """Each attempt: when, from which step to which, how it ended and why."""
+ENDS = {"done": "finished", "stopped": "stopped and saved", "lost": "ended without a word"}
+
+
+def reliability(facts: Facts) -> Markup:
+    """What interruptions cost: each attempt from which step to which, how it ended and why; what was met on the way."""
+    return section(
+        "Reliability",
+        note(goodput(facts.starts)),
+        timeline(facts),
+        causes(facts.starts),
+        happenings(facts.starts),
+    )
+
+
+def goodput(starts: Sequence[Start]) -> str:
+    """How many of the steps done were kept, in words; empty before the first step."""
+    done = sum(start.last - start.first for start in starts if start.trained)
+    if not done:
+        return ""
+    kept = done - sum(undone(starts))
+    between = sum(filter(None, waits(starts)))
+    text = f"Goodput {percent(kept / done)}: {kept:,} of {done:,} steps done were kept"
+    text += f", in {len(starts)} starts" if len(starts) > 1 else ""
+    return text + (f" with {duration(between)} between them." if between >= 1 else ".")
+
+
+def timeline(facts: Facts) -> Markup:
+    """A line for each start, with a bar from its first step to its last."""
     total = max(facts.record.get("total_steps") or 0, *(s.last for s in facts.starts), 1)
-    words = {"done": "finished", "stopped": "stopped and saved", "lost": "ended without a word"}
-    items = []
-    for start, following in zip(facts.starts, [*facts.starts[1:], None], strict=False):
-        again = start.last - following.first if following else 0
-        told = [f"Steps {start.first:,} to {start.last:,}", start.where, start.why.rstrip(".")]
-        told += [f"{again:,} of them were done again by the next start"] if again > 0 else []
-        when = f"{moment(start.began)}, {duration(start.seconds)}" if start.began else ""
-        items.append(
-            html(
-                '<li><p><b>Start {}</b> <span class="badge {}">{}</span> <span class="note">{}</span></p>'
-                '<p class="span" aria-hidden="true"><i style="margin-left:{:.2f}%;width:{:.2f}%"></i></p>'
-                "<p>{}.</p></li>",
-                start.number,
-                start.state,
-                words.get(start.state, start.state),
-                when,
+    rows = []
+    for start, lost, wait in zip(facts.starts, undone(facts.starts), waits(facts.starts), strict=True):
+        steps, span = "none", Markup()
+        if start.trained or start.last > start.first:
+            steps = f"{start.first:,} to {start.last:,}"
+            span = html(
+                '<span class="span" aria-hidden="true"><i style="margin-left:{:.2f}%;width:{:.2f}%"></i>'
+                '<i class="lost" style="width:{:.2f}%"></i></span>',
                 100 * start.first / total,
-                100 * (start.last - start.first) / total,
-                ". ".join(part for part in told if part),
+                100 * (start.last - start.first - lost) / total,
+                100 * lost / total,
+            )
+        badge = html('<span class="badge {}">{}</span>', start.state, ENDS.get(start.state, start.state))
+        rows.append(
+            (
+                f"Start {start.number}",
+                moment(start.began) if start.began else "",
+                "" if wait is None else duration(wait),
+                duration(start.seconds) if start.seconds else "",
+                html("{}{}", steps, span),
+                badge,
+                f"{lost:,}" if lost else "",
             )
         )
-    return section("Starts", wrap('<ol class="starts">{}</ol>', *items))
+    columns = ("start", "began", "after a gap of", "ran for", "steps", "end", "steps lost")
+    return wrap('<div class="wide" tabindex="0">{}</div>', table(columns, rows, "Every start of the run", "starts"))
+
+
+def causes(starts: Sequence[Start]) -> Markup:
+    """Why starts ended and where they ran; of those that say neither, nothing."""
+    return listing(
+        (
+            (
+                f"Start {start.number}",
+                join(
+                    html("<p>{}.</p>", text.strip().rstrip("."))
+                    for text in (
+                        f"Stopped by {start.why}" if start.why and start.state == "stopped" else start.why,
+                        start.remedy and f"To do: {start.remedy}",
+                        start.where,
+                    )
+                    if text
+                ),
+            )
+            for start in starts
+        ),
+        "facts causes",
+    )
+
+
+def happenings(starts: Sequence[Start]) -> Markup:
+    """What the trainer warned of, of all starts, in their order; a long list is folded."""
+    rows = [
+        (e["time"][:19].replace("T", " "), f"{start.number}", f"{e['step']:,}", e["kind"].replace("_", " "), e["text"])
+        for start in starts
+        for e in start.events
+    ]
+    more = sum(start.left_out for start in starts)
+    counts = Counter(kind for _, _, _, kind, _ in rows).most_common()
+    caption = "Events: " + ", ".join(f"{count} x {kind}" for kind, count in counts)
+    caption += f"; {more:,} further ones are not kept" if more else ""
+    made = table(("time (UTC)", "start", "step", "kind", "what"), rows, caption, "events")
+    return made if len(rows) <= LISTED else folded(f"{len(rows):,} events", made)
 
 
 def submission(env: Record, name: str) -> str:

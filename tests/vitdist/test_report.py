@@ -368,8 +368,10 @@ def test_restarts_are_told_and_marked(tmp_path: Path) -> None:
     }
     rundir.publish_json(run.attempt(1).train, later | {"ended": "2027-01-15T08:20:00+00:00"})
     page = made(run)
-    assert "Start 0 ended without a word" in page.seen()
-    assert "Steps 0 to 200. 50 of them were done again by the next start." in page.seen()
+    seen = page.seen()
+    assert "0 to 200 ended without a word 50" in seen
+    assert "Start 115 Jan 2027, 08:10 UTC 6 min 40 s 10 min 150 to 300 finished" in seen
+    assert "Goodput 85.7%: 300 of 350 steps done were kept, in 2 starts with 6 min 40 s between them." in seen
     assert all(chart["restarts"] == [[150, "start 1"]] for chart in page.charts)
 
 
@@ -393,7 +395,7 @@ def test_the_launcher_knows_of_ends_that_the_trainer_could_not_record(tmp_path: 
     rundir.publish_json(run.attempt(0).job, job)
     page = made(run)
     assert "Failed at step 200 of 200. node2 went away." in page.seen()
-    assert "Start 0 failed" in page.seen()
+    assert "0 to 200 failed" in page.seen()
     assert "Job 7 on node1, node2" in page.seen()
 
 
@@ -406,3 +408,55 @@ def test_commands_resume_this_run_and_reproduce_another(tmp_path: Path) -> None:
     seen = made(run).seen()
     assert "Resumepython launch/submit.py --name tiny" in seen
     assert "Reproducepython launch/submit.py --name tiny-again" in seen
+
+
+def note_fault(run: RunDir, attempt: int, rank: int, **about: Any) -> None:
+    fault = {"rank": rank, "host": f"node{rank}", "step": 180, "phase": "training", "time": 1.8e9 + 300.0}
+    fault |= {"word": "hang", "cascade": False, "type": "Hang", "message": "no progress for 600 s", "where": ""}
+    rundir.publish_json(run.attempt(attempt).fault(rank), fault | about)
+
+
+def test_the_fault_of_a_rank_is_the_cause_and_not_what_it_led_to(tmp_path: Path) -> None:
+    error = {"type": "RuntimeError", "message": "connection closed by peer", "rank": 0, "step": 180}
+    run = make_run(tmp_path, state="failed", error=error)
+    note_fault(run, 0, 0, word="peer_lost", cascade=True, time=1.8e9)
+    note_fault(run, 0, 3, where="vitdist/train.py:9 in _update", message="no <b>progress</b>")
+    seen = made(run).seen()
+    cause = "hang (rank 3 on node3, step 180, training at vitdist/train.py:9 in _update): Hang: no <b>progress</b>."
+    assert f"Failed at step 200 of 200. {cause}" in seen
+    assert seen.count(cause) == 2
+    assert "To do: read the stacks of the rank" in seen
+    assert "connection closed" not in seen
+
+
+def test_a_fault_ends_a_start_whose_trainer_could_not_say_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path, state="running", ended=None)
+    note_fault(run, 0, 0, step=230)
+    (start,) = report.read(run).starts
+    assert (start.state, start.last, start.ended) == ("failed", 230, 1.8e9 + 300)
+
+
+def test_starts_that_never_trained_undo_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, state="stopped", reason="SIGUSR2")
+    early = {"state": "failed", "step": 0, "started": "2026-11-23T11:00:30+00:00", "ended": "2026-11-23T11:01:00+00:00"}
+    rundir.publish_json(run.attempt(1).train, early)
+    rundir.publish_json(run.attempt(2).train, early | {"resumed_from": 190, "step": 200, "state": "done"})
+    starts = report.read(run).starts
+    assert report.undone(starts) == [10, 0, 0]
+    assert report.waits(starts) == [None, 30.0, 0.0]
+    assert report.goodput(starts) == (
+        "Goodput 95.2%: 200 of 210 steps done were kept, in 3 starts with 30 s between them."
+    )
+    assert "none" in made(run).seen()
+    assert report.goodput([]) == ""
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_events_of_all_starts_are_listed(tmp_path: Path, count: int) -> None:
+    event = {"time": "2026-11-23T10:00:00+00:00", "step": 7, "kind": "slow_rank", "text": "rank 3 took <twice> as long"}
+    run = make_run(tmp_path, events=[event] * count, events_left_out=5)
+    page = made(run)
+    row = "2026-11-23 10:00:000 7 slow rank rank 3 took <twice> as long"
+    assert page.seen().count(row) == count
+    assert f"Events: {count} x slow rank; 5 further ones are not kept" in page.seen()
+    assert ("40 events" in page.seen()) == (count == 40)
