@@ -29,7 +29,7 @@ import submitit
 from submitit.helpers import DelayedSubmission
 
 from launch import torchrun
-from vitdist import rundir
+from vitdist import faults, rundir
 from vitdist.rundir import Attempt, RunDir
 
 POLL_S = 0.2
@@ -424,26 +424,25 @@ def cause(attempt: Attempt) -> str:
     return _cause(attempt)[0]
 
 
-# What a rank says when another one has gone: gloo, NCCL, TCPStore, torch's own.
-_PEER_GONE = re.compile(
-    r"(?i)connection (was )?(likely )?(closed|reset|refused)|broken pipe|pair closure|timed out waiting"
-    r"|remote process exited|socket (closed|timeout|has timed out)|NCCL error"
-)
 _ERROR_LINE = re.compile(r"^(rank \d+: )?(error: |[A-Za-z_][\w.]*(Error|Exception|Exit|Failed|Interrupt)\b)")
 
 
 def _cause(attempt: Attempt) -> tuple[str, bool]:
     """(the line, whether it tells only of another rank's end)."""
-    told = []  # (of another's end, time, text)
+    noted = {fault.rank: fault for fault in faults.read(attempt)}
+    told = [(fault.cascade, fault.time, faults.line(fault)) for fault in noted.values()]
     record = rundir.read_json(attempt.train) or {}
-    if error := record.get("error"):
-        text = f"{error['type']}: {_one_line(error['message'])} (rank {error['rank']}, step {error['step']})"
-        told.append((bool(_PEER_GONE.search(text)), 0.0, text))
+    error = record.get("error")
+    if error and error["rank"] not in noted:  # its disk was full, or it ended before it could note anything
+        text = f"{error['type']}: {faults.one_line(error['message'])} (rank {error['rank']}, step {error['step']})"
+        told.append((faults.peer_gone(text), 0.0, text))
+    # Of a rank that was killed other ranks may have noted that it hangs: they do not know its host.
+    spoke = {rank for rank, fault in noted.items() if fault.host} | ({error["rank"]} if error else set())
     logs = sorted(attempt.path.glob("logs/node-*/torchrun.log"), key=lambda log: int(log.parent.name[len("node-") :]))
     for log in logs:
         for failure in torchrun.failures(_read(log)):
-            # Rank 0's own words stand in its record.
-            if failure.code != rundir.EXIT_STOPPED and not (error and failure.rank == error["rank"]):
+            killed = failure.code < 0 and failure.rank not in spoke
+            if killed or (failure.code != rundir.EXIT_STOPPED and failure.rank not in spoke | noted.keys()):
                 text, peer = _of_rank(failure, log.parent / f"rank-{failure.rank}.log", log)
                 told.append((peer, failure.time, text))
     if told:
@@ -462,20 +461,18 @@ def _cause(attempt: Attempt) -> tuple[str, bool]:
 def _of_rank(failure: torchrun.Failure, log: Path, torchrun_log: Path) -> tuple[str, bool]:
     if failure.code < 0:
         name = signal.Signals(-failure.code).name
+        # NCCL's own watchdog aborts the process of a rank that waited too long for another one.
+        waited = name == "SIGABRT" and "ollective operation timeout" in _read(log)
         hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
-        return f"rank {failure.rank} was killed by {name}{hint} ({log})", False
+        return f"rank {failure.rank} was killed by {name}{hint} ({log})", waited
     line = _last_line(_read(log)) or _last_line(_read(torchrun_log))
-    return f"rank {failure.rank}: {line.removeprefix(f'rank {failure.rank}: ')} ({log})", bool(_PEER_GONE.search(line))
+    return f"rank {failure.rank}: {line.removeprefix(f'rank {failure.rank}: ')} ({log})", faults.peer_gone(line)
 
 
 def _last_line(text: str) -> str:
     """The last line that names an error, else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1] if lines else "")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:500]
 
 
 def _read(path: Path) -> str:
