@@ -264,7 +264,7 @@ class Train(Section):
     """Samples of one forward pass of one rank."""
     accumulation: Annotated[int, Field(ge=1)] | None = None
     """Forward passes of one rank for each update."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Length of the run in passes over the training set. Give this or `steps`."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Length of the run in updates. Give this or `epochs`."""
@@ -588,6 +588,10 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either of the two YAMLs would take for something else than text."""
 
+    def text(self, value: str) -> yaml.ScalarNode:
+        """PyYAML would fold at the line breaks of Unicode, and read a blank for each."""
+        return self.represent_scalar(_TAG + "str", value, style=None if value.isprintable() else '"')
+
 
 _KEPT = {None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq", "map"))}
 _Loader.yaml_constructors = {tag: make for tag, make in _Loader.yaml_constructors.items() if tag in _KEPT}
@@ -596,6 +600,7 @@ for _name, (_, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(_TAG + _name, _PATTERNS[_name], _first)
     _Dumper.add_implicit_resolver(_TAG + _name, _PATTERNS[_name], _first)
 _Loader.add_constructor(_TAG + "int", _Loader.whole_number)
+_Dumper.add_representer(str, _Dumper.text)
 
 Settings = TypeVar("Settings", bound=Section)
 
