@@ -85,7 +85,9 @@ class Cluster(Section):
         return self
 
 
-_CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::[0-5]?\d){0,2})")
+_CLOCK = re.compile(r"(?:(?P<days>\d{1,9})-)?(?P<clock>\d{1,9}(?::[0-5]?\d){0,2})", re.ASCII)
+LONGEST_MINUTES = 10 * 365 * 24 * 60
+"""Ten years: beyond what a site can mean, and within SLURM's 32 bits."""
 
 
 def minutes(time: int | str) -> int:
@@ -101,8 +103,9 @@ def minutes(time: int | str) -> int:
         parts = [0, *parts, 0, 0][:3]
     hours, mins, seconds = parts
     total = hours * 60 + mins + -(-seconds // 60)
-    if total < 1:
-        raise ValueError(f"time {time!r}: write minutes (720), HH:MM:SS (12:00:00) or D-HH:MM:SS (2-00:00:00)")
+    if not 1 <= total <= LONGEST_MINUTES:
+        shown = str(time) if len(str(time)) <= 40 else f"{str(time)[:40]}..."
+        raise ValueError(f"time {shown!r}: write minutes (720), HH:MM:SS (12:00:00) or D-HH:MM:SS (2-00:00:00)")
     return total
 
 

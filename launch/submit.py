@@ -38,6 +38,8 @@ PATIENCE_S = 10.0
 """For an answer of SLURM."""
 DRY_PATIENCE_S = 0.5
 """A dry run takes less than a second."""
+MOST_NODES, MOST_LOCAL_NODES = 10_000, 256
+"""A slip of the finger ends here; each simulated node has a line in the script, and a torchrun."""
 LOCAL_MINUTES = 14 * 24 * 60
 """submitit ends local jobs too; this is meant as no limit."""
 
@@ -147,17 +149,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _runs(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
+    path = Path(os.path.expanduser(text)).absolute()
     # SLURM expands % and \ in names of log files, and a script's line ends where the line does.
-    if any(odd in str(path) for odd in "%\\\n\r"):
-        raise SettingsError(f"--runs {text!r}: SLURM cannot write logs to a path with %, \\ or line breaks")
+    if any(odd in "%\\" or not odd.isprintable() for odd in str(path)):
+        raise SettingsError(f"--runs {text!r}: SLURM cannot write logs to a path with %, \\ or signs that do not print")
     return path
 
 
 def _file(text: str) -> Path:
     """A YAML of the caller's folder, else of the checkout."""
-    here = Path(text).expanduser()
-    return ROOT / text if not here.exists() and (ROOT / text).exists() else here
+    here = os.path.expanduser(text)
+    return ROOT / text if not os.path.exists(here) and os.path.exists(ROOT / text) else Path(here)
 
 
 # ---- settings and place ----------------------------------------------------------------------------
@@ -171,6 +173,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     patience = DRY_PATIENCE_S if args.dry_run else PATIENCE_S
     slurm = clusters.ask_slurm(patience) if args.cluster != "local" else None
     local = args.cluster == "local" or (args.cluster == "auto" and not slurm)
+    most = MOST_LOCAL_NODES if local else MOST_NODES
+    if args.nodes > most:
+        faults.append(f"--nodes {args.nodes}: at most {most}" + (" simulated ones on one machine" if local else ""))
     devices = clusters.local_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if local else []
     default = "configs/demo.yaml" if local and not devices else "configs/vit_large.yaml"
     source = _file(args.config or default)

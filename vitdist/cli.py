@@ -40,9 +40,17 @@ def main(argv: list[str] | None = None) -> int:
         return _refused("a process was killed, most often for want of memory: try fewer --workers")
     except ValueError as error:
         return _refused(str(error))
+    except RuntimeError as error:
+        if not str(error).startswith(_OF_PATHS):
+            raise
+        return _refused(str(error).rstrip("."))
     except KeyboardInterrupt:
         print(f"interrupted{args.interrupted}", file=sys.stderr)
         return 130
+
+
+_OF_PATHS = ("Could not determine home directory", "Symlink loop")
+"""What pathlib says of ~NAME where there is no such user, and of a circle of links, without a class of its own."""
 
 
 def _refused(reason: str) -> int:
@@ -260,8 +268,11 @@ def _follow_a_run(commands: Commands) -> None:
     sync.set_defaults(run=_sync)
 
 
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
 def _whole(text: str) -> int:
-    if not text.isdecimal():
+    if not _NUMBER.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return int(text)
 
@@ -277,7 +288,7 @@ def _share(text: str) -> float:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not _NUMBER.fullmatch(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
 
