@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from vitdist import tracking
+from vitdist import console, tracking
 from vitdist.config import Tracking
 from vitdist.rundir import RunDir
 
@@ -52,9 +52,32 @@ def rows_without_end(folder: Path) -> None:
 
 
 def talkative(folder: Path) -> None:
-    """Prints to a log on a disk that is full."""
+    """Prints to its log on a disk that is full."""
     tracking.to_file(folder / "rank.log")
+    _talk(folder)
+
+
+def redirected(folder: Path) -> None:
+    """The same, where a shell has sent the output there."""
+    console.spare_output()
+    _talk(folder)
+    (folder / "ballast").write_bytes(b"")
+    _fill(folder)
+    print("z" * 8192)
+    console.final_table(RunDir(folder), {"top1": 0.9})
+
+
+def _talk(folder: Path) -> None:
     print("before")
+    _fill(folder)
+    for _ in range(2_000):
+        print("x" * 40)
+        print("y" * 40, file=sys.stderr)
+    (folder / "ballast").unlink()
+    print("after")
+
+
+def _fill(folder: Path) -> None:
     with open(folder / "ballast", "wb", buffering=0) as file:
         for size in (4096, 1):
             try:
@@ -62,11 +85,6 @@ def talkative(folder: Path) -> None:
                     file.write(bytes(size))
             except OSError:
                 continue
-    for _ in range(2_000):
-        print("x" * 40)
-        print("y" * 40, file=sys.stderr)
-    (folder / "ballast").unlink()
-    print("after")
 
 
 if __name__ == "__main__":

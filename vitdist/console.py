@@ -79,9 +79,15 @@ class Bar:
 
 
 def _print(text: str) -> None:
-    """A line on stdout; lost where the disk behind it is full."""
-    try:
+    with _lost_if_full():
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _lost_if_full() -> Iterator[None]:
+    """What is printed within is lost where the disk behind stdout is full."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -97,6 +103,18 @@ class _Forgiving(io.FileIO):
             if error.errno not in FULL:
                 raise
             return memoryview(data).nbytes
+
+
+def spare_output() -> None:
+    """For the entry of a program: its output may go to a full disk, and neither prints nor its exit fail by that.
+
+    Python flushes stdout at exit, and ends with code 120 where that fails.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not None and not stream.isatty():
+            stream.flush()
+            setattr(sys, name, forgiving(descriptor))
 
 
 def forgiving(descriptor: int) -> io.TextIOWrapper:
@@ -154,12 +172,13 @@ def final_table(run: RunDir, summary: Mapping[str, Any]) -> None:
         _shown(summary, "images_per_s", lambda rate: f"{rate:,.0f}"),
         _shown(summary, "seconds", duration),
     )
-    Console().print(table)
+    with _lost_if_full():
+        Console().print(table)
     places = {"model": run.model, "report": run.report}
     lines = [f"{name:<8}{path}" for name, path in places.items() if path.exists()]
     if any(run.wandb.glob("offline-run-*")):
         lines.append(f"W&B     vitdist sync {run.path}")
-    print("\n".join(lines), flush=True)
+    _print("\n".join(lines))
 
 
 def _shown(summary: Mapping[str, Any], name: str, words: Any) -> str:

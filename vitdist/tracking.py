@@ -82,7 +82,7 @@ class Journal:
             try:
                 rundir.publish(self._room, bytes(RESERVE))
             except OSError as error:
-                self._full(self._room, error)
+                self._full(attempt.path, error)
 
     def __enter__(self) -> Self:
         return self
@@ -261,11 +261,6 @@ class Journal:
             return
         self._wandb = _Mirror(self._run, settings, about, self.say, lambda text: self.warn("wandb", text))
         self._wandb.start()
-
-    def wandb_folder(self) -> Path | None:
-        """The offline run that `wandb sync` uploads, or None."""
-        offline = sorted(self._run.wandb.glob("offline-run-*")) if self._first else []
-        return offline[-1] if offline else None
 
 
 class _Lines:
@@ -447,7 +442,7 @@ class _Mirror:
             self._ready.set()
             self._bury()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         told, self._left_out = self._left_out, True
         if told:
             return
@@ -470,9 +465,8 @@ class _Mirror:
             _kill_services()
         try:
             wandb.teardown(exit_code=self._code)
-        except Exception as error:
-            if not self._left_out:
-                self._fail(error)
+        except (Exception, SystemExit) as error:  # it exits with its service's code
+            self._fail(error)
 
     def _begin(self) -> Any:
         """The W&B run: online where that is wanted and works, else offline."""
@@ -500,7 +494,7 @@ class _Mirror:
                 self._warn(
                     f"W&B cannot be reached ({_brief(error)}): kept offline, `vitdist sync {self._run.path}` uploads it"
                 )
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception, SystemExit):
                     wandb.teardown()
         return self._init("offline", id_file.read_text())
 

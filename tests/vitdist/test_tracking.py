@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -283,13 +284,15 @@ def test_faults_that_are_no_matter_of_room_are_raised(tmp_path: Path, monkeypatc
     assert train_record(run)["state"] == "failed"
 
 
-def test_C3_a_log_on_a_full_disk_costs_lines_only(disk: Disk) -> None:
-    command = [sys.executable, "-m", "tests.logs_workers", "talkative", disk.path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    text = (disk.path / "rank.log").read_text()
+@pytest.mark.parametrize("how", ["talkative", "redirected"])
+def test_C3_a_log_on_a_full_disk_costs_lines_only(disk: Disk, how: str) -> None:
+    command, log = [sys.executable, "-m", "tests.logs_workers", how, disk.path], disk.path / "rank.log"
+    with open(log, "a") as file:  # to which talkative sends itself
+        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=60)
+    text = log.read_text()
     assert done.returncode == 0, text
     assert text.startswith("before\n")
-    assert text.endswith("after\n")
+    assert "after\n" in text
     assert "Traceback" not in text
     assert text.count("x" * 40) < 2_000
 
@@ -370,6 +373,21 @@ def test_S1_a_stopped_run_is_preempted_at_wandb(tmp_path: Path, server: fake_wan
         journal.stopping()
     assert any(end["preempting"] for end in server.ends)
     assert server.ends[-1]["exitcode"] == rundir.EXIT_STOPPED
+    assert events(run, "wandb") == []
+
+
+def test_a_failed_run_has_failed_at_wandb(tmp_path: Path, server: fake_wandb.Server) -> None:
+    run = RunDir(tmp_path / "run")
+
+    def fail() -> None:
+        with Journal(run, run.attempt(0), first=True) as journal:
+            journal.start_wandb(Tracking(), {})
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fail()
+    assert server.ends[-1]["exitcode"] == 1
+    assert events(run, "wandb") == []
 
 
 @pytest.mark.parametrize("wish", ["auto", "online"])
@@ -400,6 +418,29 @@ def test_W2_a_server_that_cannot_be_had_at_the_start(
     assert [kept(folder) for folder in offline(run)] == [20]
     assert server.rows == {}
     assert train_record(run)["state"] == "done"
+
+
+def test_W2_a_start_that_never_ends_is_not_waited_for(
+    tmp_path: Path, wandb_home: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in {"START_S": 0.1, "FINISH_S": 0.1, "GRACE_S": 0.1}.items():
+        wandb_home.setattr(tracking, name, seconds)
+    module, goes_on = types.ModuleType("wandb"), threading.Event()
+
+    def init(**options: Any) -> None:
+        goes_on.wait(60)
+        raise ConnectionError("late")
+
+    vars(module).update(Settings=lambda **options: options, init=init, teardown=lambda **options: None)
+    wandb_home.setitem(sys.modules, "wandb", module)
+    run = RunDir(tmp_path / "run")
+    train(run, wandb="offline")
+    goes_on.set()
+    assert [text.split(" within ")[0] for text in events(run, "wandb")] == ["W&B has not started", "W&B did not end"]
+    assert len(lines(run)) == 20
+    assert train_record(run)["state"] == "done"
+    until(lambda: "wandb" not in [thread.name for thread in threading.enumerate()])
+    assert "late" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("behave", ["hang", 500])
