@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from vitdist import dist, rundir, watchdog
+from vitdist import dist, metrics, rundir, watchdog
 from vitdist.rundir import Attempt
 from vitdist.watchdog import Watchdog
 
@@ -155,3 +156,27 @@ def busy(folder: str, marks: int) -> list[str]:
             while dog._waited == 0 or dog._mark is not seen:  # until the watchdog has counted since the mark
                 time.sleep(0.001)
     return [str(path) for path in attempt.path.rglob("*") if path.is_file()]
+
+
+# ---- a slow rank ------------------------------------------------------------------------------------
+
+
+def a_slow_rank() -> tuple[dict[str, float], list[str]]:
+    """Rank 1 computes 50 times as much in its forward passes; the figures of the last row, and what was said."""
+    with dist.processes(1) as me:
+        meter, lags, texts = metrics.Meter(8, 1e9, me.world, me.device), metrics.Lags(), []
+        hosts, matrix = me.gather(socket.gethostname()), torch.ones(96, 96)
+        for _ in range(100):  # rows of the log, until one says it
+            for _ in range(5):
+                with meter.computing():
+                    for _ in range(200 if me.rank == 1 else 4):
+                        matrix = (matrix @ matrix) / 96
+                me.barrier()  # as in the backward pass: here rank 0 waits
+                meter.step()
+            owns = me.gather(meter.own())
+            step_s = me.from_first(meter.row(0)["perf/step_s"])
+            figures = metrics.lag(owns, step_s)
+            texts += lags.see(owns, step_s, hosts)
+            if texts:
+                break
+    return figures, texts

@@ -1,0 +1,165 @@
+"""Slow ranks and slow data are named; a rank's own times are told apart from its waiting."""
+
+import socket
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests import ranks, watch_workers
+from vitdist import metrics
+from vitdist.metrics import Lags, Meter, Own, lag
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Instead of the time module: goes on when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+def test_own_times_are_means_of_a_step_since_the_last_row(clock: Clock) -> None:
+    meter = Meter(8, 1e9, 2, CPU)
+    assert meter.own() == Own(0.0, 0.0)
+    for row in (1, 2):
+        for _ in range(4):
+            for _ in range(2):  # micro-batches
+                with meter.computing():
+                    clock.now += 0.25 * row
+            clock.now += 3.0  # the backward pass, with its waiting for peers
+            meter.waited(0.125 * row)
+            meter.step()
+        assert meter.own() == meter.own() == Own(0.5 * row, 0.125 * row)
+        assert meter.row(0)["perf/step_s"] == pytest.approx(3 + 0.5 * row)
+    assert meter.own() == Own(0.0, 0.0)
+
+
+class Event:
+    """A CUDA event that notes the time of a clock when it is recorded, as the GPU gets there."""
+
+    clock: Clock
+    synchronized = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = self.clock.now
+
+    def synchronize(self) -> None:
+        Event.synchronized += 1
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_on_a_gpu_events_are_read_at_the_row_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA: that the calls exist there, a GPU must tell."""
+    Event.clock = clock
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: None)
+    monkeypatch.setattr(metrics, "MOST_EVENTS", 5)
+    meter = Meter(8, 1e9, 1, torch.device("cuda"))
+    for _ in range(4):
+        for _ in range(2):
+            with meter.computing():
+                clock.now += 0.25
+        meter.step()
+    assert Event.synchronized == 0
+    assert meter.own() == Own(0.5, 0.0)  # of 8 passes, 5 were timed
+    assert Event.synchronized == 1
+
+
+def test_R11_the_slowest_rank_is_a_figure_of_the_row() -> None:
+    owns = [Own(1.0, 0.0), Own(1.0, 0.5), Own(3.0, 0.1), Own(1.2, 0.0)]
+    assert lag(owns, 4.0) == {
+        "perf/slowest_rank": 2.0,
+        "perf/slowest_rank_ratio": 3.0,
+        "perf/data_wait_max_pct": 12.5,
+        "perf/data_wait_slowest_rank": 1.0,
+    }
+    # Of two ranks the mean of both would be the median.
+    assert lag([Own(1.0, 0.0), Own(2.0, 0.0)], 4.0)["perf/slowest_rank_ratio"] == 2.0
+    assert lag([Own(0.0, 0.0)], 0.0) == {
+        "perf/slowest_rank": 0.0,
+        "perf/slowest_rank_ratio": 1.0,
+        "perf/data_wait_max_pct": 0.0,
+        "perf/data_wait_slowest_rank": 0.0,
+    }
+
+
+HOSTS = ["n0", "n0", "n1", "n1"]
+EVEN = [Own(1.0, 0.1)] * 4
+
+
+def said(lags: Lags, *rows: Sequence[Own]) -> list[list[str]]:
+    return [lags.see(row, 4.0, HOSTS) for row in rows]
+
+
+def test_R11_a_slow_rank_is_named_once_after_three_rows() -> None:
+    lags, slow = Lags(), [*EVEN[:2], Own(1.7, 0.1), EVEN[3]]
+    first, second, third, *later = said(lags, slow, slow, slow, slow, slow, slow)
+    assert not first
+    assert not second
+    assert not any(later)
+    (text,) = third
+    assert text.startswith(
+        "warning: rank 2 (n1) is slow: its forward passes take 1.7 s of a step of 4 s, those of the "
+    )
+    assert not any(said(lags, EVEN, slow, slow, slow))  # once for the whole run
+    (text,) = said(lags, *[[Own(2.0, 0.1), *EVEN[1:]]] * 3)[-1]
+    assert text.startswith("warning: rank 0 (n0) is slow")
+
+
+def test_R11_a_rank_that_was_slow_now_and_then_is_not_named() -> None:
+    slow = [*EVEN[:3], Own(1.7, 0.1)]
+    assert not any(said(Lags(), slow, slow, EVEN, slow, slow, EVEN, slow))
+
+
+@pytest.mark.parametrize(
+    "owns",
+    [
+        EVEN,
+        [*EVEN[:3], Own(1.45, 0.1)],  # 1.45 times the median
+        [*[Own(0.2, 0.1)] * 3, Own(0.5, 0.1)],  # 2.5 times, but 8 % of the step
+        [*EVEN[:3], Own(1.0, 1.9)],  # waits for data in 48 %
+        [Own(1.0, 2.5)] * 3 + [Own(1.0, 0.1)],  # most wait for data: no rank is to blame
+    ],
+)
+def test_R11_ranks_that_are_not_clearly_slow_are_not_named(owns: list[Own]) -> None:
+    assert not any(said(Lags(), *[owns] * 6))
+
+
+def test_R11_a_rank_whose_data_come_late_is_named_once() -> None:
+    late = [Own(1.0, 0.0), Own(1.0, 2.5), *EVEN[2:]]
+    rows = said(Lags(), *[late] * 6)
+    assert [len(row) for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert rows[2][0].startswith("warning: rank 1 (n0) waits for its data in 62 % of the time, and all wait for it")
+
+
+def test_R11_both_kinds_are_told_of_one_rank() -> None:
+    both = [Own(1.0, 0.0), Own(1.7, 2.2), *EVEN[2:]]
+    assert [len(row) for row in said(Lags(), *[both] * 5)] == [0, 0, 2, 0, 0]
+
+
+@pytest.mark.processes
+def test_R11_a_slow_rank_among_real_ones_is_named() -> None:
+    one, other = ranks.run(watch_workers.a_slow_rank, 2, timeout=60)
+    assert one == other
+    figures, texts = one
+    assert figures["perf/slowest_rank"] == 1.0
+    assert figures["perf/slowest_rank_ratio"] > 1.5
+    (text,) = texts
+    assert text.startswith(f"warning: rank 1 ({socket.gethostname()}) is slow: ")
