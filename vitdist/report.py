@@ -814,7 +814,8 @@ def happenings(starts: Sequence[Start]) -> Markup:
     counts = Counter(kind for _, _, _, kind, _ in rows).most_common()
     caption = "Events: " + ", ".join(f"{count} x {kind}" for kind, count in counts)
     caption += f"; {more:,} further ones are not kept" if more else ""
-    made = table(("time (UTC)", "start", "step", "kind", "what"), rows, caption, "events")
+    columns = ("time (UTC)", "start", "step", "kind", "what")
+    made = wrap('<div class="wide" tabindex="0">{}</div>', table(columns, rows, caption, "events"))
     return made if len(rows) <= LISTED else folded(f"{len(rows):,} events", made)
 
 
