@@ -436,8 +436,8 @@ def _cause(attempt: Attempt) -> tuple[str, bool]:
     if error and error["rank"] not in noted:  # its disk was full, or it ended before it could note anything
         text = f"{error['type']}: {faults.one_line(error['message'])} (rank {error['rank']}, step {error['step']})"
         told.append((faults.peer_gone(text), 0.0, text))
-    # Of a rank that was killed other ranks may have noted that it hangs: they do not know its host.
-    spoke = {rank for rank, fault in noted.items() if fault.host} | ({error["rank"]} if error else set())
+    # That a rank hangs others may have noted for it, also of one that was killed: then what came first counts.
+    spoke = {rank for rank, fault in noted.items() if fault.word != "hang"} | ({error["rank"]} if error else set())
     logs = sorted(attempt.path.glob("logs/node-*/torchrun.log"), key=lambda log: int(log.parent.name[len("node-") :]))
     for log in logs:
         for failure in torchrun.failures(_read(log)):

@@ -76,7 +76,7 @@ class Fault:
 
     rank: int
     host: str
-    """Empty where another rank tells of one that could not."""
+    """Empty where another rank tells of one that could not, and does not know it."""
     step: int
     phase: str
     time: float

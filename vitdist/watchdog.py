@@ -62,6 +62,7 @@ _PROGRESS = {
     "where": str,
     "in_collective": bool,
 }
+_HEAD = re.compile(r"rank \d+ on (?P<host>\S+), process \d+; its main thread is (?P<main>0x[0-9a-f]+)\n")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 
 
@@ -111,6 +112,11 @@ class Watchdog:
         """This rank goes on, in `phase` of update `step`. `limit_s`: until the next mark; default: the watchdog's."""
         # One store, so that the other thread never sees half a mark.
         self._mark = Mark(self._mark.number + 1, step, phase, limit_s or self._limit_s)
+
+    @property
+    def newest(self) -> Mark:
+        """The newest sign of progress."""
+        return self._mark
 
     def __enter__(self) -> Self:
         try:
@@ -260,8 +266,8 @@ class Watchdog:
         for rank, known in enumerate(progress):
             if known is None and rank in ended:  # with "" as a consequence of what is to be found here
                 progress[rank] = {"rank": rank, "ended": ended[rank]}
-            elif known is None and (where := _left_by_faulthandler(self._attempt.stacks(rank))):
-                progress[rank] = {"rank": rank, "holds_lock": True, "where": where}
+            elif known is None and (left := _left_before(self._attempt.stacks(rank))):
+                progress[rank] = {"rank": rank, **left}
         return progress
 
     def _conclude(
@@ -273,7 +279,7 @@ class Watchdog:
             text += f"rank {self._rank}{_told(own)}; of others nothing is known: {folder} takes no files ({unwritten})"
             blamed = [self._rank]
         else:
-            text += f"{culprit(progress)}; stacks: {folder}"
+            text += f"{culprit(progress)} (stacks: {folder})"
             blamed = _behind(progress) or list(range(self._world))
         self._say(text)
         record = Fault(
@@ -292,8 +298,8 @@ class Watchdog:
         for rank, known in enumerate(progress or []):
             if rank in blamed and not (known and "marks" in known) and self._speaks_first(progress or []):
                 # It cannot say so itself; where it has said something else, that stands.
-                where = (known or {}).get("where", "")
-                faults.note(self._attempt, replace(record, rank=rank, host="", cascade=False, where=where))
+                left = {name: (known or {}).get(name, "") for name in ("host", "where")}
+                faults.note(self._attempt, replace(record, rank=rank, cascade=False, **left))
         if self._on_hang:
             self._on_hang(text)
 
@@ -351,31 +357,34 @@ def culprit(progress: Sequence[dict[str, Any] | None]) -> str:
                 places.setdefault(_told(known, host=False), []).append(rank)
         at = "; ".join(f"{_ranks(ranks)}{told}" for told, ranks in places.items())
         return f"no rank is behind, all wait in a collective operation (network, or not all in the same one): {at}"
-    first, others = progress[behind[0]], len(progress) - len(behind)
-    who = _ranks(behind)
-    if first is None:
-        text = f"{who} left no word: stopped, gone, or hung in the kernel (storage, driver)"
-    elif "ended" in first:
+    first, others = progress[behind[0]] or {}, len(progress) - len(behind)
+    hosts = sorted({known["host"] for rank in behind if (known := progress[rank]) and known.get("host")})
+    who = _ranks(behind) + (f" ({', '.join(hosts[:4])}{', ...' if len(hosts) > 4 else ''})" if hosts else "")
+    if first.get("ended"):
         text = f"{who} had ended ({first['ended']}) and the others did not notice"
-    elif "holds_lock" in first:
-        text = f"{who} holds Python's lock at {first['where']} and could leave its stacks alone"
-    else:
+    elif "marks" in first:
         text = ", ".join(f"rank {rank}{_told(progress[rank] or {})}" for rank in behind[:4])
         text += f" and {len(behind) - 4} more" if len(behind) > 4 else ""
+    elif first.get("where"):
+        text = f"{who} holds Python's lock at {first['where']} and could leave its stacks alone"
+    else:
+        text = f"{who} left no word: stopped, gone, or hung in the kernel (storage, driver)"
     them = "them" if len(behind) > 1 else "it"
     return text + (f"; {others} other rank{'s wait' if others > 1 else ' waits'} for {them}" if others else "")
 
 
 def _behind(progress: Sequence[dict[str, Any] | None]) -> list[int]:
     """The ranks that the others wait for; none if all are level and wait."""
-    ended, silent, mute = (
-        [rank for rank, known in enumerate(progress) if sign(known)]
-        for sign in (
-            lambda known: known is not None and known.get("ended"),
-            lambda known: known is None,
-            lambda known: known is not None and "holds_lock" in known,
-        )
-    )
+    ended, silent, mute = [], [], []
+    for rank, known in enumerate(progress):
+        if known and "marks" in known:
+            continue
+        if known and "ended" in known:
+            ended += [rank] if known["ended"] else []
+        elif known and known.get("where"):
+            mute.append(rank)
+        else:
+            silent.append(rank)
     if ended or silent or mute:
         return ended or silent or mute
     told = [known for known in progress if known and "marks" in known]
@@ -424,16 +433,19 @@ def _read(path: Path) -> dict[str, Any] | None:
     return known if whole else None
 
 
-def _left_by_faulthandler(path: Path) -> str | None:
-    """Where the main thread of a rank stands whose own code could not run, from its file of stacks."""
+def _left_before(path: Path) -> dict[str, str] | None:
+    """From the file of stacks of a rank whose Python code cannot run: its host, and where its main thread stands.
+
+    It wrote the first line itself when it began; stacks are there if faulthandler's thread could write them.
+    """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    main = re.search(r"its main thread is (0x[0-9a-f]+)$", text, re.MULTILINE)
-    if not main:
+    head = _HEAD.match(text)
+    if not head:
         return None
-    _, _, stack = text.partition(f"hread {main[1]} ")
-    frames = list(_FRAME.finditer(stack.partition("\n\n")[0]))
-    own = (faults.place(f["file"], int(f["line"]), f["function"]) for f in frames)
-    return next(filter(None, own), f"{frames[0]['file']}:{frames[0]['line']}" if frames else None)
+    _, _, stack = text.partition(f"hread {head['main']} ")
+    frames = [(f["file"], int(f["line"]), f["function"]) for f in _FRAME.finditer(stack.partition("\n\n")[0])]
+    top = f"{frames[0][0]}:{frames[0][1]} in {frames[0][2]}" if frames else ""
+    return {"host": head["host"], "where": next(filter(None, (faults.place(*frame) for frame in frames)), top)}

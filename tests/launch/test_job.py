@@ -394,11 +394,17 @@ def test_a_cascade_is_told_as_one(run: RunDir) -> None:
 def test_R5_a_killed_rank_is_the_cause_though_it_left_no_record(run: RunDir, hang: bool) -> None:
     noted(run, 0, 1.0, "peer_lost")
     if hang:  # what the other ranks noted of it
-        noted(run, 1, 11.0, "hang", host="")
+        noted(run, 1, 11.0, "hang", cascade=False)
     torchrun_says(run, (0, 1), (1, -signal.SIGKILL))
     text, consequence = launch_job._cause(run.attempt(0))
     assert "rank 1 was killed by SIGKILL, as the kernel does when memory runs out" in text
     assert not consequence
+
+
+def test_R6_a_stopped_rank_that_was_ended_for_it_is_told_as_hung(run: RunDir) -> None:
+    root = noted(run, 1, 9.0, "hang", cascade=False)
+    torchrun_says(run, (1, -signal.SIGKILL))
+    assert launch_job._cause(run.attempt(0)) == (faults.line(root), False)
 
 
 def test_a_rank_that_noted_its_fault_is_believed_more_than_how_it_ended(run: RunDir) -> None:

@@ -62,8 +62,13 @@ def at(rank: int, marks: int = 9, waits: bool = True, **more: Any) -> dict[str, 
          "1 other rank waits for it"),
         ([at(0, waits=False)], "rank 0 (n0), step 3, training, stands at vitdist/train.py:1 in f"),
         ([at(0)], "rank 0 (n0), step 3, training, stands at vitdist/train.py:1 in f"),
-        ([at(0), {"rank": 1, "holds_lock": True, "where": "a.py:2 in g"}],
-         "rank 1 holds Python's lock at a.py:2 in g and could leave its stacks alone; 1 other rank waits for it"),
+        ([at(0), {"rank": 1, "host": "n1", "where": "a.py:2 in g"}],
+         "rank 1 (n1) holds Python's lock at a.py:2 in g and could leave its stacks alone; 1 other rank waits for it"),
+        ([at(0), *[{"rank": rank, "host": "n1", "where": ""} for rank in (1, 2)]],
+         "ranks 1-2 (n1) left no word: stopped, gone, or hung in the kernel (storage, driver); "
+         "1 other rank waits for them"),
+        ([at(0), None, {"rank": 2, "host": "n1", "where": "a.py:2 in g"}],
+         "rank 1 left no word: stopped, gone, or hung in the kernel (storage, driver); 2 other ranks wait for it"),
         ([at(0), {"rank": 1, "ended": "disk_full"}, None],
          "rank 1 had ended (disk_full) and the others did not notice; 2 other ranks wait for it"),
         ([at(0, 8), at(1), {"rank": 2, "ended": ""}],
@@ -121,7 +126,7 @@ def test_R6_a_hang_in_a_ranks_own_code_is_named_and_all_ranks_end(attempt: Attem
     for rank in (0, 1):
         said = (attempt.path / f"on_hang-{rank}").read_text()
         assert said.startswith("no progress for 1 s: " + where), said
-        assert " in stand_still; 1 other rank waits for it; stacks: " in said
+        assert " in stand_still; 1 other rank waits for it (stacks: " in said
         assert f"rank {rank}: hang: {said}\n" == (attempt.path / f"stderr-{rank}").read_text()
         stacks = attempt.stacks(rank).read_text()
         assert "in two_ranks" in stacks
@@ -139,11 +144,12 @@ def test_R6_a_hang_in_a_ranks_own_code_is_named_and_all_ranks_end(attempt: Attem
 def test_R6_a_stopped_rank_is_named_by_the_others_and_not_taken_for_hung_when_it_goes_on(attempt: Attempt) -> None:
     # Rank 0 sends SIGCONT when it has said who is to blame: rank 1 then answers.
     assert ends(watch_workers.two_ranks, 2, str(attempt.path), 1.0, "stop_as_a_whole") == [f"rank 0: {LEFT}"]
-    assert "rank 1 left no word: stopped, " in (attempt.path / "on_hang-0").read_text()
+    here = socket.gethostname()
+    assert f"rank 1 ({here}) left no word: stopped, " in (attempt.path / "on_hang-0").read_text()
     assert "in barrier" in attempt.stacks(0).read_text()
     assert not attempt.stacks(1).exists()
     witness, silent = faults.read(attempt)
-    assert (witness.cascade, silent.cascade, silent.host, silent.step) == (True, False, "", 3)
+    assert (witness.cascade, silent.cascade, silent.host, silent.step) == (True, False, here, 3)
 
 
 @pytest.mark.processes
@@ -153,7 +159,7 @@ def test_R6_a_rank_that_holds_the_interpreters_lock_leaves_its_stacks(attempt: A
         f"rank 1: {KILLED}",
     ]
     said = (attempt.path / "on_hang-0").read_text()
-    assert "rank 1 holds Python's lock at tests/watch_workers.py:" in said
+    assert f"rank 1 ({socket.gethostname()}) holds Python's lock at tests/watch_workers.py:" in said
     assert " in hold_the_lock and could leave its stacks alone" in said
     assert "in hold_the_lock" in attempt.stacks(1).read_text()
 
