@@ -34,6 +34,8 @@ MOST_KEPT = 10_000
 """Rows of one file that wait in memory for room: 10 to 20 MB, and a day of training at one row in 9 s."""
 TOLD_AGAIN_S = 600.0
 """A disk that is full, free and full again within this time is not told of again."""
+PATIENCE_S = 10.0
+"""How long a record waits for another thread's write; after that the other one brings it to the disk with its own."""
 RESERVE = 64 * 1024
 """Bytes held back on the disk for an attempt's last record, which decides whether the launcher starts it again."""
 
@@ -58,7 +60,7 @@ class Journal:
     """Rows, the attempt's record and the bar of one attempt; on ranks other than 0 every call does nothing.
 
     `record`, `event`, `warn` and `say` may be called from any thread. `event` and `warn` never wait for a write that
-    another thread does, so that a watchdog can speak while the disk hangs.
+    another thread does, `record` no longer than PATIENCE_S, so that a watchdog is not held by a thread that hangs.
     """
 
     def __init__(self, run: RunDir, attempt: Attempt, first: bool) -> None:
@@ -202,7 +204,7 @@ class Journal:
     def _publish_record(self, wait: bool = True) -> None:
         self._changed = True
         # Who finds the lock taken leaves the work to its holder, who looks again after letting go.
-        while (self._changed or wait) and self._publishing.acquire(blocking=wait):
+        while (self._changed or wait) and self._publishing.acquire(timeout=PATIENCE_S if wait else 0):
             wait = False
             try:
                 with self._state:

@@ -135,9 +135,12 @@ def test_threads_lose_no_event_and_wait_for_no_write(tmp_path: Path, monkeypatch
         writer.start()
         assert hangs.wait(30)
         journal.event("slow_data", "while the disk hangs")  # returns: the writer is still held
+        monkeypatch.setattr(tracking, "PATIENCE_S", 0.01)
+        journal.record(reason="hang")
         assert writer.is_alive()
         goes_on.set()
         writer.join()
+        assert (train_record(run)["reason"], train_record(run)["step"]) == ("hang", 8)
         assert events(run, "slow_data") == ["while the disk hangs"]
         assert sorted(events(run, "slow_rank"), key=int) == [str(i) for i in range(20)]
 
