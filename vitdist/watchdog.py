@@ -21,6 +21,7 @@ Time is what the first thread has lived through, in its own short sleeps: a proc
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import re
@@ -127,6 +128,7 @@ class Watchdog:
         except OSError as error:
             self._file = sys.__stderr__
             print(f"{self._stacks} cannot be written ({error.strerror}): stacks go to stderr", file=sys.stderr)
+        _spare_children()
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watcher.start()
         threading.Thread(target=self._listen, name="watchdog, called by others", daemon=True).start()
@@ -327,6 +329,15 @@ class Watchdog:
             self._file.seek(0)
             self._file.truncate()
             self._head()
+
+
+@functools.cache
+def _spare_children() -> None:
+    """Stop faulthandler's thread before a fork; the watchdog starts the next one a tick later.
+
+    A child has the locks of that thread and not the thread, and would wait for it for ever at its end.
+    """
+    os.register_at_fork(before=faulthandler.cancel_dump_traceback_later)
 
 
 def stands(frame: FrameType | None) -> tuple[str, bool]:

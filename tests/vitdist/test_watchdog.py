@@ -2,6 +2,8 @@
 
 import math
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from tests import ranks, watch_workers
 from vitdist import faults, rundir
 from vitdist.rundir import Attempt
 from vitdist.watchdog import Watchdog, culprit
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.processes
@@ -197,3 +201,27 @@ def test_nobody_is_ended_at_a_debuggers_prompt(attempt: Attempt) -> None:
 @pytest.mark.processes
 def test_a_run_that_goes_on_leaves_nothing(attempt: Attempt) -> None:
     assert ranks.run(watch_workers.busy, 1, str(attempt.path), 40, timeout=60) == [[]]
+
+
+FORKS = """
+import os, sys
+from pathlib import Path
+from vitdist.rundir import Attempt
+from vitdist.watchdog import Watchdog
+
+with Watchdog(Attempt(Path(sys.argv[1])), 0, 1, 600.0) as dog:
+    while not dog._waited:  # until faulthandler's thread is there
+        dog._ended.wait(0.01)
+    for _ in range(20):
+        child = os.fork()
+        if not child:
+            sys.exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), end=" ")
+"""
+
+
+def test_a_forked_child_of_a_watched_process_can_end(attempt: Attempt) -> None:
+    """Its end waits for faulthandler's thread, which it does not have, if its locks came along."""
+    command = [sys.executable, "-c", FORKS, str(attempt.path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["7"] * 20
