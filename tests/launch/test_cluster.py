@@ -37,13 +37,13 @@ def parse(**raw: object) -> Cluster:
 
 @pytest.mark.parametrize("field", ["partition", "account", "qos", "constraint", "exclude", "comment", "gpu_type"])
 @pytest.mark.parametrize("value", ["gpu\n#SBATCH --uid=0", "a$(id)", "a`id`", "a'b", 'a"b', "a b", "", "-x", "gpu\n"])
-def test_what_reaches_an_sbatch_line_is_checked(field: str, value: str) -> None:
+def test_X2_what_reaches_an_sbatch_line_is_checked(field: str, value: str) -> None:
     with pytest.raises(SettingsError, match=field):
         parse(**{field: value})
 
 
 @given(st.text(max_size=20))
-def test_a_partition_that_is_taken_is_one_plain_word(value: str) -> None:
+def test_X2_a_partition_that_is_taken_is_one_plain_word(value: str) -> None:
     try:
         taken = parse(partition=value).partition
     except SettingsError:
@@ -53,17 +53,17 @@ def test_a_partition_that_is_taken_is_one_plain_word(value: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--x; id", "-n 4", "--a=$(id)", "--a\n"])
-def test_srun_flags_are_checked(flag: str) -> None:
+def test_X2_srun_flags_are_checked(flag: str) -> None:
     with pytest.raises(SettingsError, match="srun_args"):
         parse(srun_args=[flag])
 
 
-def test_a_misspelt_setting_is_named() -> None:
+def test_L1_a_misspelt_setting_is_named() -> None:
     with pytest.raises(SettingsError, match=r"partiton: unknown setting; did you mean partition\?"):
         parse(partiton="gpu")
 
 
-def test_a_time_limit_leaves_room_to_save() -> None:
+def test_S9_a_time_limit_leaves_room_to_save() -> None:
     with pytest.raises(SettingsError, match="too short to start and to save"):
         parse(time=4)
     assert parse(time=5).minutes == 5
@@ -87,7 +87,7 @@ def test_time_limits_are_slurms(text: int | str, minutes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "soon", "1:2:3:4", "1.5", "12:61"])
-def test_a_bad_time_limit_is_refused(text: str) -> None:
+def test_L1_a_bad_time_limit_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="write minutes"):
         cluster.minutes(text)
 
@@ -165,7 +165,7 @@ def test_parameters_of_submitit() -> None:
     assert "mem" not in gres["additional_parameters"]
 
 
-def test_paths_are_quoted_in_setup() -> None:
+def test_X2_paths_are_quoted_in_setup() -> None:
     lines = cluster.setup_lines(RunDir(Path("/scratch/a b/it's")), [])
     assert lines[0] == """cd '/scratch/a b/it'"'"'s/code' || exit 1"""
 
@@ -177,11 +177,11 @@ def test_devices_of_this_machine() -> None:
     assert cluster.local_gpus("GPU-8f,GPU-9a") == ["GPU-8f", "GPU-9a"]
 
 
-def test_no_slurm_is_no_answer(place: Path) -> None:
+def test_L2_no_slurm_is_no_answer(place: Path) -> None:
     assert cluster.ask_slurm(1) is None
 
 
-def test_a_slurm_that_hangs_is_no_answer(slurm: Callable[[str, str], None]) -> None:
+def test_L2_a_slurm_that_hangs_is_no_answer(slurm: Callable[[str, str], None]) -> None:
     assert isinstance(cluster.ask_slurm(5), Slurm)
     slurm("sinfo", "exec /bin/sleep 60")
     assert cluster.ask_slurm(0.2) is None

@@ -59,11 +59,11 @@ EXPECTED = [
 ]
 
 
-def test_untracked_files_are_in_it_and_secrets_are_not(checkout: Path) -> None:
+def test_X1_untracked_files_are_in_it_and_secrets_are_not(checkout: Path) -> None:
     assert [str(path) for path in snapshot.files(checkout)] == EXPECTED
 
 
-def test_a_snapshot_is_whole_and_tells_no_secret(
+def test_X1_a_snapshot_is_whole_and_tells_no_secret(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-in-environment")

@@ -203,7 +203,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
-def test_bad_input_is_refused_and_leaves_nothing(
+def test_L1_X4_bad_input_is_refused_and_leaves_nothing(
     case: str, dry: list[str], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, said = REFUSED[case]
@@ -217,7 +217,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert tree(place) == before
 
 
-def test_all_faults_are_told_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_L1_all_faults_are_told_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = in_process(
         capsys, "--config", "tiny.yaml", "--nodes", "0", "--time", "soon", "optim.lr=-1", "train.epoch=2"
     )
@@ -226,7 +226,7 @@ def test_all_faults_are_told_at_once(place: Path, capsys: pytest.CaptureFixture[
         assert name in err
 
 
-def test_no_traceback_as_a_command(place: Path) -> None:
+def test_L1_no_traceback_as_a_command(place: Path) -> None:
     done = submit("--config", "tiny.yaml", "optim.ler=1")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -320,7 +320,7 @@ def test_a_local_checkpoint_is_looked_at(place: Path, capsys: pytest.CaptureFixt
         ("single", r"a single class, 'cat': there is nothing to tell apart"),
     ],
 )
-def test_shards_are_looked_at(how: str, said: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_D4_D6_shards_are_looked_at(how: str, said: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     break_shards(place, how)
     before = tree(place)
     code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
@@ -343,7 +343,7 @@ def test_shards_are_looked_at(how: str, said: str, place: Path, capsys: pytest.C
         ('partition: "gpu$(id)"', [], r"partition: string should match pattern"),
     ],
 )
-def test_the_profile_is_checked(
+def test_L2_X2_the_profile_is_checked(
     slurm: Put, place: Path, capsys: pytest.CaptureFixture[str], profile: str, arguments: list[str], said: str
 ) -> None:
     (place / "mine.yaml").write_text(profile)
@@ -354,7 +354,7 @@ def test_the_profile_is_checked(
     assert tree(place) == before
 
 
-def test_what_sbatch_says_is_shown_and_nothing_is_left(
+def test_L2_what_sbatch_says_is_shown_and_nothing_is_left(
     slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm("sbatch", "echo 'sbatch: error: Invalid account or account/partition combination specified' >&2; exit 1")
@@ -367,7 +367,7 @@ def test_what_sbatch_says_is_shown_and_nothing_is_left(
     assert tree(place) == before
 
 
-def test_runs_that_is_a_file_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_L4_runs_that_is_a_file_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = in_process(capsys, "--config", "tiny.yaml", "--runs", "tiny.yaml")
     assert code == 2
     assert "tiny.yaml is a file; choose another folder" in err
@@ -376,7 +376,7 @@ def test_runs_that_is_a_file_is_refused(place: Path, capsys: pytest.CaptureFixtu
 # ---- the run folder --------------------------------------------------------------------------------
 
 
-def test_what_a_submission_leaves(
+def test_X1_X3_what_a_submission_leaves(
     slurm: Put, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm("sbatch", f"env > {place}/env; pwd > {place}/pwd; echo Submitted batch job 4711")
@@ -407,7 +407,7 @@ def test_what_a_submission_leaves(
         assert path.is_dir() or b"secret-or-stale" not in path.read_bytes(), path
 
 
-def test_a_job_that_is_queued_is_not_submitted_twice(
+def test_L3_a_job_that_is_queued_is_not_submitted_twice(
     slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--config", "tiny.yaml", "--name", "x")
@@ -421,7 +421,7 @@ def test_a_job_that_is_queued_is_not_submitted_twice(
     assert "exists with the same settings: continues at attempt 0" in err
 
 
-def test_a_failed_continuation_leaves_the_run_as_it_was(
+def test_L2_a_failed_continuation_leaves_the_run_as_it_was(
     slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--config", "tiny.yaml", "--name", "x")
@@ -450,21 +450,21 @@ def test_other_settings_are_another_run(place: Path, capsys: pytest.CaptureFixtu
     assert "train.seed: 0 -> 3\n  optim.lr: 0.001 -> 0.5" in err
 
 
-def test_a_done_run_points_at_its_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_S8_a_done_run_points_at_its_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished(place, "done")
     code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
     assert code == 0
     assert f"is done; its report is {run.report}" in err
 
 
-def test_a_run_that_is_being_trained_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_L3_a_run_that_is_being_trained_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with rundir.only_writer(finished(place, "running")):
         code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
     assert code == 2
     assert "is being trained by another process" in err
 
 
-def test_a_folder_that_is_no_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_L3_a_folder_that_is_no_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "runs" / "x").mkdir(parents=True)
     code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
     assert code == 2
@@ -555,7 +555,7 @@ bash $1 > {place}/job.out 2>&1 & echo Submitted batch job 4711""",
     assert SUBMIT.exists()
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_L4_a_full_disk_is_one_line_and_leaves_nothing(
     place: Path, slurm: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: object) -> None:

@@ -138,7 +138,7 @@ def test_a_step_runs_on_every_node_with_all_cores(cluster: tuple[Path, str]) -> 
     assert sorted(slurm(cluster[0], *step).split()) == ["node1", "node2"]
 
 
-def test_preemption_sends_usr2_to_the_step_on_every_node(cluster: tuple[Path, str], tmp_path: Path) -> None:
+def test_S4_preemption_sends_usr2_to_the_step_on_every_node(cluster: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = cluster
     (tmp_path / "job.sh").write_text(USR2_TO_FILES)
     slurm(folder, "sbatch", "job.sh", cwd=tmp_path)

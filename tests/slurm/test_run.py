@@ -85,7 +85,7 @@ def test_four_nodes_train_to_the_end(environment: dict[str, str], tmp_path: Path
     assert run.report.exists()
 
 
-def test_a_warned_run_is_requeued_and_ends_the_same(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
+def test_S1_S2_a_warned_run_is_requeued_and_ends_the_same(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
     """USR2, as SLURM sends it before the limit and at a preemption: save, requeue, go on, the same weights."""
     length = ["train.steps=300", "checkpoint.every_steps=100", "evaluation.every_epochs=100"]
     common = ["--nodes", "2", "--config", str(recipe), *length]
@@ -110,7 +110,7 @@ def test_a_warned_run_is_requeued_and_ends_the_same(environment: dict[str, str],
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_an_unknown_partition_is_refused_before_anything_is_made(
+def test_L2_an_unknown_partition_is_refused_before_anything_is_made(
     environment: dict[str, str], tmp_path: Path, recipe: Path
 ) -> None:
     profile = tmp_path / "mine.yaml"
@@ -123,7 +123,7 @@ def test_an_unknown_partition_is_refused_before_anything_is_made(
     assert not (tmp_path / "runs").exists()
 
 
-def test_more_nodes_than_there_are_are_refused(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
+def test_L2_L6_more_nodes_than_there_are_are_refused(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
     job = submit(environment, tmp_path, "--nodes", "6", "--config", str(recipe), "train.global_batch=12", "--name", "x")
     _, error = job.communicate(timeout=60)
     assert job.returncode == rundir.EXIT_REFUSED

@@ -110,7 +110,7 @@ def damaged(content: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
     return content[:at] + rng.bytes(end) + content[at:], kind
 
 
-def test_two_thousand_damages(folder: Path, original: Path, expected: MicroBatch) -> None:
+def test_D1_D2_two_thousand_damages(folder: Path, original: Path, expected: MicroBatch) -> None:
     index, rng = Index.open(folder), np.random.default_rng(0)
     seen: dict[str, int] = {}
     for _ in range(CASES):
@@ -144,7 +144,7 @@ def span_differs(index: Index, row: int, damaged_shard: int, before: bytes, afte
         ("one more", r"2\.tar is not in the index", set()),
     ],
 )
-def test_whole_shards(folder: Path, expected: MicroBatch, how: str, refused: str | None, named: set[int]) -> None:
+def test_D4_D9_whole_shards(folder: Path, expected: MicroBatch, how: str, refused: str | None, named: set[int]) -> None:
     """What a look at the folder cannot tell, the CRC of each sample does."""
     index, first, second = Index.open(folder), folder / "0.tar", folder / "1.tar"
     if how == "missing":
@@ -168,7 +168,7 @@ def test_whole_shards(folder: Path, expected: MicroBatch, how: str, refused: str
             build(folder)
 
 
-def test_training_goes_on_with_others_of_the_class(folder: Path, expected: MicroBatch) -> None:
+def test_D2_D3_training_goes_on_with_others_of_the_class(folder: Path, expected: MicroBatch) -> None:
     index = Index.open(folder)
     _, offset, size = index.span(5)
     content = bytearray((folder / "1.tar").read_bytes())

@@ -81,7 +81,7 @@ def test_ustar_prefix_other_members_and_directories(tmp_path: Path) -> None:
     assert [opened.key(i) for i in range(len(opened))] == [name, "z"]
 
 
-def test_every_flipped_header_bit_is_found(tmp_path: Path) -> None:
+def test_D2_every_flipped_header_bit_is_found(tmp_path: Path) -> None:
     tar = tmp_path / "s.tar"
     write_tar(tar, samples(["a", "b"]))
     whole = tar.read_bytes()
@@ -98,7 +98,7 @@ def test_every_flipped_header_bit_is_found(tmp_path: Path) -> None:
             scan(tar)
 
 
-def test_every_cut_is_found(tmp_path: Path) -> None:
+def test_D1_every_cut_is_found(tmp_path: Path) -> None:
     tar = tmp_path / "s.tar"
     write_tar(tar, samples(["a", "b"]))
     whole = tar.read_bytes()
@@ -132,14 +132,14 @@ def test_every_cut_is_found(tmp_path: Path) -> None:
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.cls", b"2")], "the same member twice"),
     ],
 )
-def test_refuses_what_is_no_sample(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+def test_D4_D5_what_is_no_sample_is_refused(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
     write_tar(tmp_path / "s.tar", members)
     with pytest.raises(ValueError, match=message):
         build(tmp_path)
     assert not (tmp_path / "index.json").exists()
 
 
-def test_digest_is_of_the_content(tmp_path: Path) -> None:
+def test_D6_D9_the_digest_is_of_the_content(tmp_path: Path) -> None:
     digests = []
     for folder, classes in (("one", ["x", "y", "z"]), ("two", ["x", "y", "z"]), ("three", ["x", "y", "Z"])):
         (tmp_path / folder).mkdir()
@@ -312,7 +312,7 @@ def test_indexing_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     assert [opened.image(i) for i in (2, 3)] == [picture(1), picture(0)]
 
 
-def test_one_shard_twice_is_refused(tmp_path: Path) -> None:
+def test_D9_one_shard_twice_is_refused(tmp_path: Path) -> None:
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", samples(["x", "y"]))
     with pytest.raises(ValueError, match=r"b\.tar and a\.tar are the same shard"):

@@ -85,7 +85,7 @@ def straight(index: Index) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (3, 1, 1, 5),
     ],
 )
-def test_pixels_are_the_same(
+def test_D7_pixels_are_the_same(
     index: Index, straight: tuple[torch.Tensor, ...], world: int, accumulation: int, workers: int, start: int
 ) -> None:
     got = global_batches(settings(index, workers), world, accumulation, start, steps=10 - start)
@@ -204,7 +204,7 @@ def test_an_epoch_of_a_part_is_that_part(index: Index, other: Index) -> None:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (3, 0), (7, 0)])
-def test_evaluation_has_each_sample_once(index: Index, world: int, workers: int) -> None:
+def test_R8_evaluation_has_each_sample_once(index: Index, world: int, workers: int) -> None:
     ids, lengths, pixels = [], set(), {}
     for rank in range(world):
         batches = evaluation_batches(index, settings(index, workers), rank, world, 8)

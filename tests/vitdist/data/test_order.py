@@ -92,7 +92,7 @@ def test_starting_anywhere_is_the_straight_stream(n: int, start: int, length: in
 
 @settings(max_examples=12, deadline=None)
 @given(n=sizes, unit=st.integers(1, 5), first_step=st.integers(0, 40), which=st.integers(0, 2))
-def test_same_global_batches_for_every_split(n: int, unit: int, first_step: int, which: int) -> None:
+def test_R8_D7_same_global_batches_for_every_split(n: int, unit: int, first_step: int, which: int) -> None:
     total = 48 * unit
     expected = [np.stack(Order(streams(n)[which], total).batch(step)) for step in (first_step, first_step + 1)]
     for world in (1, 2, 3, 4, 6, 8):
@@ -112,7 +112,7 @@ def test_same_global_batches_for_every_split(n: int, unit: int, first_step: int,
 
 @settings(max_examples=25, deadline=None)
 @given(n=sizes, total=st.integers(1, 90))
-def test_the_tail_of_an_epoch_is_neither_dropped_nor_doubled(n: int, total: int) -> None:
+def test_R8_the_tail_of_an_epoch_is_neither_dropped_nor_doubled(n: int, total: int) -> None:
     order = Order(Shuffled(n, 5, 4, 12), total)
     steps = -(-3 * n // total)
     epochs, ids = np.concatenate([np.stack(order.batch(step)) for step in range(steps)], axis=1)
@@ -174,7 +174,7 @@ def test_shares_that_cannot_be_kept(weights: list[Fraction], message: str) -> No
 
 @settings(max_examples=40, deadline=None)
 @given(n=sizes, world=st.sampled_from([1, 2, 3, 7, 16]), batch=st.integers(1, 40))
-def test_evaluation_has_each_sample_once(n: int, world: int, batch: int) -> None:
+def test_R8_evaluation_has_each_sample_once(n: int, world: int, batch: int) -> None:
     parts = [evaluation_ids(n, rank, world, batch) for rank in range(world)]
     assert len({len(ids) for ids, _ in parts}) == 1
     assert len(parts[0][0]) % batch == 0

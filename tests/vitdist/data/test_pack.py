@@ -168,7 +168,7 @@ def test_clear_errors(pictures: Path, tmp_path: Path) -> None:
         pack(pictures, tmp_path / "full")
 
 
-def test_names_files_that_are_no_pictures(pictures: Path, tmp_path: Path) -> None:
+def test_D3_files_that_are_no_pictures_are_named(pictures: Path, tmp_path: Path) -> None:
     put(pictures / "rare/empty.png", b"")
     put(pictures / "rare/animated.jpg", b"GIF89a" + bytes(50))
     with pytest.raises(

@@ -99,7 +99,7 @@ def test_chunks_are_read_ahead_once(shards: Index, monkeypatch: pytest.MonkeyPat
     ]
 
 
-def test_a_damaged_copy_is_read_again(shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_D10_a_damaged_copy_is_read_again(shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = [True]
     once = Storage.read_into
 
@@ -146,7 +146,7 @@ def test_evaluation_changes_no_colours(shards: Index) -> None:
     assert torch.equal(plain.images, same.images)
 
 
-def test_broken_samples_are_replaced_in_training(shards: Index) -> None:
+def test_D3_broken_samples_are_replaced_in_training(shards: Index) -> None:
     straight = Samples(shards, SETTINGS, 16, 0, training=True)
     wanted = [(0, i) for i in range(24)]
     before = straight.__getitems__(wanted)
@@ -165,7 +165,7 @@ def test_broken_samples_are_replaced_in_training(shards: Index) -> None:
     assert torch.equal(batch.images[rest], before.images[rest])
 
 
-def test_broken_samples_and_padding_are_masked_in_evaluation(shards: Index) -> None:
+def test_D3_broken_samples_and_padding_are_masked_in_evaluation(shards: Index) -> None:
     damage(shards, 2, 0)  # in the tar header
     batch = Samples(shards, SETTINGS, 16, 0, training=False).__getitems__([(0, 1), (0, 2), (0, -1)])
     assert batch.mask.tolist() == [True, False, False]
@@ -179,7 +179,7 @@ def test_broken_samples_and_padding_are_masked_in_evaluation(shards: Index) -> N
     assert Samples(shards, SETTINGS, 16, 0, training=False).__getitems__([(0, -1)]).ids.tolist() == [-1]
 
 
-def test_a_missing_shard_is_said_and_a_broken_set_ends(shards: Index) -> None:
+def test_D4_a_missing_shard_is_said_and_a_broken_set_ends(shards: Index) -> None:
     name = shards.shards[0].name
     Path(shards.folder, name).unlink()
     batch = Samples(shards, SETTINGS, 16, 0, training=True).__getitems__([(0, 0)])
@@ -191,7 +191,7 @@ def test_a_missing_shard_is_said_and_a_broken_set_ends(shards: Index) -> None:
         Samples(shards, SETTINGS, 16, 0, training=True).__getitems__([(0, 0)])
 
 
-def test_an_undecodable_picture_is_bad(tmp_path: Path) -> None:
+def test_D3_an_undecodable_picture_is_bad(tmp_path: Path) -> None:
     for i in range(6):
         path = tmp_path / "pictures" / f"c{i % 2}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def test_an_undecodable_picture_is_bad(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
+def test_D3_every_mode_becomes_rgb(mode: str) -> None:
     grey = np.full((20, 20, 3), 255, np.uint8)
     form = {"CMYK": "JPEG"}.get(mode, "PNG")
     pixels = transforms.evaluation_pixels(encoded(grey, form, mode), SETTINGS, 16)
@@ -267,7 +267,7 @@ def test_normalise() -> None:
     assert transforms.normalise(images, (0.5,) * 3, (0.5,) * 3, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_server_that_does_not_answer_ends_the_run(shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_D10_a_server_that_does_not_answer_ends_the_run(shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was tried for a minute: other samples instead would be another training, and a minute each."""
     places = [place._replace(url=f"memory://gone/{place.url}") for place in shards.places]
     calls: list[int] = []

@@ -167,7 +167,7 @@ def test_a_place_is_remote_by_its_scheme() -> None:
         assert not is_remote(path), path
 
 
-def test_pipes_are_refused_without_their_command() -> None:
+def test_D8_X1_pipes_are_refused_without_their_command() -> None:
     command = "pipe:curl -H 'Authorization: SECRET' http://h/a.tar"
     assert is_remote(command)
     for call in (lambda: Storage([Place(command, 1, "")]), lambda: fetch(command), lambda: size(command)):
@@ -189,7 +189,7 @@ def test_pipes_are_refused_without_their_command() -> None:
         ("no route to http://u:SECRET@h/a?token=SECRET or b", "no route to http://h/a?... or b"),
     ],
 )
-def test_secrets_are_not_shown(url: str, shown: str) -> None:
+def test_X1_secrets_are_not_shown(url: str, shown: str) -> None:
     assert storage.shown(url) == shown
 
 
@@ -221,7 +221,7 @@ def test_partial_reads_are_continued(local: Place, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_cut_or_missing_file_is_named(local: Place, cache: Cache, cached: bool) -> None:
+def test_D1_D4_a_cut_or_missing_file_is_named(local: Place, cache: Cache, cached: bool) -> None:
     os.truncate(local.url, 1000)
     opened = Storage([local, Place("/no/b.tar", 10, "")], cache if cached else None)
     with pytest.raises(OSError, match=r"a\.tar: cut off at byte 1,000 of 591,058: copy the shard again"):
@@ -259,7 +259,7 @@ def test_http_asks_for_the_range_alone_and_keeps_its_connection(server: Server) 
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "408", "drop", "half"])
-def test_what_passes_is_tried_again(server: Server, fault: str, pauses: list[float]) -> None:
+def test_D10_what_passes_is_tried_again(server: Server, fault: str, pauses: list[float]) -> None:
     server.faults = [fault, fault]
     assert Storage([server.place()]).read(0, 100, 5000) == SHARD[100:5100]
     assert len(server.asked) == 3
@@ -283,7 +283,7 @@ def test_the_server_names_the_pause(server: Server, pauses: list[float]) -> None
     assert pauses == [7]
 
 
-def test_tries_end(server: Server, pauses: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_D10_tries_end(server: Server, pauses: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     server.faults = ["503"] * 100
     opened = Storage([server.place()._replace(url=server.url("/a.tar?token=SECRET", "me:SECRET@"))])
     for _ in range(2):
@@ -339,7 +339,7 @@ def test_a_server_without_ranges_is_refused_before_its_body_comes(server: Server
     assert server.sent < 32 << 20
 
 
-def test_a_shard_of_another_size_is_refused(server: Server) -> None:
+def test_D9_a_shard_of_another_size_is_refused(server: Server) -> None:
     for total in (len(SHARD) - 1, len(SHARD) + 1, len(SHARD) + 100):
         with pytest.raises(OSError, match="the shard was changed or cut"):
             Storage([Place(server.url(), total, "")]).read(0, total - 10, 10)

@@ -39,7 +39,7 @@ def settings(place: str, **data: Any) -> Config:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_rank_draws_as_much_as_it_wants_of_shards_of_its_own(shards: Path, workers: int) -> None:
+def test_R8_every_rank_draws_as_much_as_it_wants_of_shards_of_its_own(shards: Path, workers: int) -> None:
     drawn = [batches(f"{shards}/{{0..3}}.tar", 2, rank, 9, workers) for rank in range(2)]
     for rank in drawn:
         assert len(rank) == 9
@@ -89,7 +89,7 @@ def test_colours_are_changed_here_too_and_classes_are_not_counted(shards: Path) 
     assert torch.equal(pictures[1], again.images)
 
 
-def test_too_few_shards_and_no_samples(shards: Path, tmp_path: Path) -> None:
+def test_D4_D7_too_few_shards_and_no_samples(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 shards cannot feed 5 ranks"):
         batches(f"{shards}/{{0..3}}.tar", 5, 0, 1)
     write(tmp_path / "empty.tar", 0, [])
@@ -97,7 +97,7 @@ def test_too_few_shards_and_no_samples(shards: Path, tmp_path: Path) -> None:
         batches(f"{tmp_path}/empty.tar", 1, 0, 1)
 
 
-def test_pipes_run_only_where_they_are_allowed(shards: Path, tmp_path: Path) -> None:
+def test_D8_pipes_run_only_where_they_are_allowed(shards: Path, tmp_path: Path) -> None:
     command = f"pipe:cat {shards}/{{0..3}}.tar"
     for hidden in (command, f"{{pipe,pipe}}:touch {tmp_path}/ran; cat /dev/null", "a.tar:: pipe:true"):
         with pytest.raises(ValueError, match=r"allow it with data\.allow_pipe=true|no such shard"):
@@ -111,6 +111,6 @@ def test_pipes_run_only_where_they_are_allowed(shards: Path, tmp_path: Path) -> 
         next(failing.batches(batch, 0, 0, 1))
 
 
-def test_a_shard_that_is_not_there(shards: Path) -> None:
+def test_D4_a_shard_that_is_not_there(shards: Path) -> None:
     with pytest.raises(ValueError, match=r"4\.tar: no such shard"):
         open_stream(settings(f"{shards}/{{3..4}}.tar"), CLASSES, 1)

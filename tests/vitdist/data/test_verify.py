@@ -106,7 +106,7 @@ def test_all_is_well(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 @example(place=0.0, flip=1)
 @example(place=0.9999, flip=255)
-def test_a_flipped_byte_costs_one_sample(whole: Path, tmp_path: Path, place: float, flip: int) -> None:
+def test_D2_a_flipped_byte_costs_one_sample(whole: Path, tmp_path: Path, place: float, flip: int) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(whole, folder, dirs_exist_ok=True)
     path = folder / NAMES[1]
@@ -127,7 +127,7 @@ def test_a_flipped_byte_costs_one_sample(whole: Path, tmp_path: Path, place: flo
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True))
 @example(place=0.0)
-def test_a_cut_costs_what_lies_behind_it(whole: Path, tmp_path: Path, place: float) -> None:
+def test_D1_a_cut_costs_what_lies_behind_it(whole: Path, tmp_path: Path, place: float) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(whole, folder, dirs_exist_ok=True)
     path = folder / NAMES[0]
@@ -142,7 +142,7 @@ def test_a_cut_costs_what_lies_behind_it(whole: Path, tmp_path: Path, place: flo
     assert_mended(result, whole, tmp_path / "mended", lost)
 
 
-def test_a_missing_shard(whole: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_D4_a_missing_shard(whole: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (damaged / NAMES[2]).unlink()
     result = look(damaged)
     assert broken(result) == list(range(10, 15))
@@ -154,7 +154,7 @@ def test_a_missing_shard(whole: Path, damaged: Path, tmp_path: Path, capsys: pyt
     assert f"vitdist verify {damaged} --repair OUT" in said
 
 
-def test_swapped_shards_are_told_and_lose_nothing(whole: Path, damaged: Path, tmp_path: Path) -> None:
+def test_D9_swapped_shards_are_told_and_lose_nothing(whole: Path, damaged: Path, tmp_path: Path) -> None:
     (damaged / NAMES[0]).rename(damaged / "x")
     (damaged / NAMES[1]).rename(damaged / NAMES[0])
     (damaged / "x").rename(damaged / NAMES[1])
@@ -173,7 +173,7 @@ def test_a_renamed_shard(whole: Path, damaged: Path, tmp_path: Path) -> None:
     assert_mended(result, whole, tmp_path / "mended", [])
 
 
-def test_a_shard_overwritten_by_another(whole: Path, damaged: Path, tmp_path: Path) -> None:
+def test_D9_a_shard_overwritten_by_another(whole: Path, damaged: Path, tmp_path: Path) -> None:
     shutil.copy(damaged / NAMES[0], damaged / NAMES[1])
     result = look(damaged)
     assert broken(result) == list(range(5, 10))
@@ -192,7 +192,7 @@ def bad_pictures() -> dict[int, bytes]:
     }
 
 
-def test_pictures_that_do_not_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_D3_pictures_that_do_not_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put_set(tmp_path / "set", bad_pictures())
     build(tmp_path / "set", workers=1)
     assert verify.run(tmp_path / "set", out=tmp_path / "mended", workers=2) == 1
@@ -274,7 +274,7 @@ def test_tars_that_can_be_indexed(bare: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("part", ["header", "magic", "zeros"])
 @pytest.mark.parametrize("number", [0, 6, 8, 14])
-def test_salvage_behind_a_damaged_header(whole: Path, bare: Path, tmp_path: Path, number: int, part: str) -> None:
+def test_D2_salvage_behind_a_damaged_header(whole: Path, bare: Path, tmp_path: Path, number: int, part: str) -> None:
     """Each of the three headers of a sample in turn: the sample is lost, its neighbours are not."""
     path = bare / NAMES[number // SAMPLES]
     content = path.read_bytes()
@@ -299,7 +299,7 @@ def test_salvage_behind_a_damaged_header(whole: Path, bare: Path, tmp_path: Path
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True))
 @example(place=0.0)
-def test_salvage_of_a_cut_tar(whole: Path, tmp_path: Path, place: float) -> None:
+def test_D1_salvage_of_a_cut_tar(whole: Path, tmp_path: Path, place: float) -> None:
     shutil.rmtree(tmp_path / "bare", ignore_errors=True)
     shutil.rmtree(tmp_path / "mended", ignore_errors=True)
     put_set(tmp_path / "bare")
