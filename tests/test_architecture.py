@@ -33,6 +33,7 @@ TORCH_FREE = [
     "vitdist.faults",
     "vitdist.watchdog",
     "vitdist.changes",
+    "vitdist.manifest",
     "vitdist.console",
     "vitdist.cli",
     "vitdist.report",
@@ -139,10 +140,11 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         },
         "vitdist.model": {"vitdist.weights", "vitdist.drop_path"},
         "vitdist.watchdog": {"vitdist.faults"},
+        "vitdist.checkpoint": {"vitdist.manifest"},
         "vitdist.plan": {"vitdist.model", "vitdist.optim"},
-        "vitdist.report": {"vitdist.data", "vitdist.data.index"},  # thumbnails of the worst mistakes
+        "vitdist.report": {"vitdist.data", "vitdist.data.index", "vitdist.faults"},  # thumbnails of the worst mistakes
         "vitdist.cli": {
-            *(f"vitdist.{room}" for room in ("inference", "plan", "report", "results")),
+            *(f"vitdist.{room}" for room in ("inference", "manifest", "plan", "report", "results")),
             *(m for m in map(module, FILES) if m.startswith("vitdist.data")),
         },
     }

@@ -176,7 +176,7 @@ def a_slow_rank() -> tuple[dict[str, float], list[str]]:
             owns = me.gather(meter.own())
             step_s = me.from_first(meter.row(0)["perf/step_s"])
             figures = metrics.lag(owns, step_s)
-            texts += lags.see(owns, step_s, hosts)
+            texts += [text for _, text in lags.see(owns, step_s, hosts)]
             if texts:
                 break
     return figures, texts

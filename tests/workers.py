@@ -4,18 +4,17 @@ import contextlib
 import os
 import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vitdist import checkpoint, config, dist, model, optim, stop
-from vitdist.config import Config
+from vitdist import checkpoint, config, dist, manifest, model, optim, stop
+from vitdist.config import Checkpoint, Config
 from vitdist.data.index import Index
 from vitdist.engine import Diverged, Engine
+from vitdist.manifest import Identity
 from vitdist.rundir import RunDir
 
 CLASSES = [f"class {i}" for i in range(5)]
@@ -45,9 +44,7 @@ def allow_fp16_on_cpu() -> None:
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float16, torch.bfloat16]
 
 
-def build(
-    s: Config, me: dist.Processes, wrong_frozen: bool = False
-) -> tuple[Engine, config.Batch, checkpoint.Identity]:
+def build(s: Config, me: dist.Processes, wrong_frozen: bool = False) -> tuple[Engine, config.Batch, Identity]:
     """An engine with a new model, of which what is frozen can be made wrong, for a checkpoint to put right."""
     batch = config.split_batch(s.train, me.world)
     net, _ = model.build(s.model, CLASSES, s.train.seed)
@@ -57,19 +54,49 @@ def build(
                 parameter.fill_(7.0)
     layer, depth = model.layers(net)
     groups = optim.groups(net, layer, depth, s.optim, model.layer_name)
-    fingerprint = checkpoint.fingerprint(groups)
+    layout, rest = checkpoint.layout(groups), checkpoint.rest(net)
     engine = Engine(net, groups, optim.optimizer(groups, s.optim, me.device), s, batch, me)
-    identity = checkpoint.Identity(
+    identity = Identity(
         optimizer=s.optim.name,
-        world=me.world,
-        zero=s.engine.zero,
-        precision=engine.precision,
         global_batch=batch.global_batch,
-        groups=fingerprint,
-        classes="classes",
+        model="model",
+        classes=CLASSES,
         data="data",
+        groups=layout,
+        rest=rest,
     )
     return engine, batch, identity
+
+
+def writer(
+    run: RunDir, engine: Engine, me: dist.Processes, identity: Identity, attempt: int = 0, **settings: Any
+) -> checkpoint.Writer:
+    """A writer of checkpoints, as the trainer has it."""
+    about = {
+        "zero": engine._zero,
+        "precision": engine.precision,
+        "average": bool(engine._averages),
+        "settings": {},
+        "settings_digest": manifest.digest({}),
+        "wandb": None,
+        "versions": {},
+    }
+    run.path.mkdir(parents=True, exist_ok=True)
+    return checkpoint.Writer(run, engine, me, identity, Checkpoint(**settings), attempt, about)
+
+
+def save(run: RunDir, engine: Engine, me: dist.Processes, identity: Identity) -> None:
+    """A checkpoint, and its end."""
+    written = writer(run, engine, me, identity)
+    written.save({})
+    written.wait()
+    assert [outcome.fault for outcome in written.news()] == [None]
+
+
+def resumed_step(run: RunDir, engine: Engine, me: dist.Processes, identity: Identity) -> int | None:
+    found, passed_over = checkpoint.resume(run, engine, me, identity)
+    assert not passed_over
+    return found.step if found else None
 
 
 def pictures(step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,10 +166,10 @@ def rates_after_resume(changes: dict[str, Any], folder: str) -> dict[str, Any]:
         for _ in range(5):
             update(engine, s, batch, me)
         before, groups_before, skipped_before = engine.lrs(), members(engine), engine.skipped
-        checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
+        save(run, engine, me, identity)
         straight = [update(engine, s, batch, me) for _ in range(3)]
         again, _, _ = build(s, me)
-        resumed, _ = checkpoint.resume(run, again, me, identity)
+        resumed = resumed_step(run, again, me, identity)
         again.set_lr(optim.schedule(again.steps - again.skipped, 20, s.optim))
         after, groups_after = again.lrs(), members(again)
         continued = [update(again, s, batch, me) for _ in range(3)]
@@ -205,7 +232,7 @@ def against_torch(changes: dict[str, Any], folder: str) -> dict[str, Any]:
         norms = []
         for step in range(6):
             if step == 3:
-                checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
+                save(run, engine, me, identity)
                 engine, _, _ = build(s, me)
                 checkpoint.resume(run, engine, me, identity)
             update(engine, s, batch, me)
@@ -275,7 +302,7 @@ def average(changes: dict[str, Any], folder: str, skip: int | None = None) -> di
         with engine.averaged():
             inside = look(engine)
         restored = look(engine)
-        checkpoint.save(run, engine, me, identity, attempt=0, keep=2)
+        save(run, engine, me, identity)
         again, _, _ = build(s, me, wrong_frozen=True)
         checkpoint.resume(run, again, me, identity)
         with again.averaged():
@@ -303,20 +330,36 @@ def average(changes: dict[str, Any], folder: str, skip: int | None = None) -> di
         }
 
 
-def averages(changes: dict[str, Any], folder: str, write: bool) -> dict[str, np.ndarray]:
-    """The averaged weights: of three updates that are saved in `folder`, or of a new engine that reads them there."""
-    s = settings(**changes)
+def across(changes: dict[str, Any], folder: str, steps: int, more: int) -> dict[str, Any]:
+    """Resume what lies in `folder` or begin, do `steps` updates, save; then `more` updates: losses, weights, groups."""
+    s, run = settings(**changes), RunDir(Path(folder))
+    if s.engine.precision == "fp16":
+        allow_fp16_on_cpu()
     with dist.processes(1) as me:
-        engine, batch, _ = build(s, me)
-        if write:
-            for _ in range(3):
-                update(engine, s, batch, me)
-            engine.save(Path(folder), "state")
-        else:
-            engine._load_averages(sorted(Path(folder, "state").glob("average-*.pt")))
+        engine, batch, identity = build(s, me, wrong_frozen=True)
+        resumed = resumed_step(run, engine, me, identity)
+        for _ in range(steps):
+            update(engine, s, batch, me)
+        if steps:
+            save(run, engine, me, identity)
+        counted = {
+            float(value) for state in engine._base.state.values() for name, value in state.items() if name == "step"
+        }
+        losses = [update(engine, s, batch, me) for _ in range(more)]
         with engine.averaged():
+            average = engine.full_weights(keep=True)
+        return {
+            "resumed": resumed,
+            "losses": losses,
+            "counted": counted,
+            "scale": engine.loss_scale,
+            "rates": engine.lrs(),
+            "decays": engine.weight_decays(),
+            "members": members(engine),
             # As arrays: torch sends tensors as shared memory, which goes with this process.
-            return {name: w.numpy() for name, w in engine.full_weights(keep=True).items()}
+            "weights": {name: w.numpy() for name, w in engine.full_weights(keep=True).items()},
+            "average": {name: w.numpy() for name, w in average.items()},
+        }
 
 
 def first_step(changes: dict[str, Any]) -> dict[str, Any]:
@@ -358,21 +401,22 @@ def best(folder: str) -> dict[str, Any]:
     s, run = settings(), RunDir(Path(folder))
     with dist.processes(1) as me:
         engine, batch, identity = build(s, me)
-        weights, kept = {}, []
+        weights, kept, written = {}, [], writer(run, engine, me, identity)
         for _ in range(5):
             update(engine, s, batch, me)
             weights[engine.steps] = engine.full_weights(keep=True)
-            checkpoint.save(run, engine, me, identity, attempt=0, keep=2, best=min(engine.steps, 2))
-            kept.append(checkpoint.steps(run))
+            written.save({}, best=min(engine.steps, 2))
+            written.wait()
+            kept.append(manifest.steps(run))
         checkpoint.load_step(run, engine, me, identity, 2)
         loaded = engine.full_weights(keep=True)
         refusals = []
-        for step, other in ((3, identity), (2, replace(identity, optimizer="lion"))):
+        for step, other in ((3, identity), (2, identity.model_copy(update={"optimizer": "lion"}))):
             try:
                 checkpoint.load_step(run, engine, me, other, step)
             except ValueError as error:
                 refusals.append(str(error))
-        victim = next((run.checkpoints / "step-00000002" / "state").glob("*optim*"))
+        victim = run.checkpoints / "step-00000002" / "rank-0.safetensors"
         if me.first:
             victim.write_bytes(victim.read_bytes()[:-7])
         me.barrier()
@@ -394,10 +438,10 @@ def resume_with(changes: dict[str, Any], folder: str) -> str:
     with dist.processes(1) as me:
         engine, _, identity = build(s, me)
         try:
-            step, skipped = checkpoint.resume(run, engine, me, identity)
+            found, skipped = checkpoint.resume(run, engine, me, identity)
         except ValueError as error:
             return str(error)
-        return f"resumed at {step}, passed over {skipped}"
+        return f"resumed at {found.step if found else None}, passed over {skipped}"
 
 
 def train(
@@ -480,3 +524,12 @@ def evaluation(
             )
         except (AssertionError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
+
+
+def fp16_norms(changes: dict[str, Any], count: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each update in fp16."""
+    allow_fp16_on_cpu()
+    s = settings(**changes)
+    with dist.processes(1) as me:
+        engine, batch, _ = build(s, me)
+        return [(update(engine, s, batch, me), engine.grad_norm) for _ in range(count)]

@@ -201,6 +201,10 @@ class Model(Section):
     (.safetensors, .pth) with the names of timm, DeiT, MAE or DINO. Give this or `scratch`."""
     scratch: Scratch | None = None
     """Random weights of this shape. Give this or `pretrained`."""
+    warm_start: str | None = None
+    """A run folder, or one of its checkpoints: the run begins with those weights (the averaged ones, if there are) in
+    the model of `pretrained` or `scratch`, and with nothing else of it. What differs in shape, or the head of other
+    classes, begins as without it."""
     image_size: Annotated[int, Field(ge=8, le=2048)] = 224
     """Side of the square input in pixels. Position embeddings of a checkpoint are interpolated to it."""
     heads: Annotated[int, Field(ge=1)] | None = None
@@ -270,6 +274,9 @@ class Train(Section):
     """Length of the run in updates. Give this or `epochs`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides initial weights, order and augmentation; the same seed gives the same run."""
+    max_skipped: Annotated[int, Field(ge=1)] = 20
+    """Updates in a row whose loss or gradients are not finite (each is skipped by all ranks) after which the run ends.
+    fp16 may halve its loss scale 16 times before the first update."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
@@ -371,6 +378,9 @@ class Engine(Section):
     """torch.compile the model: slower start, faster steps on a GPU."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """CPU threads of one rank; auto: its share of the cores. Recorded, since it changes the last bits of sums."""
+    hang_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without any progress of a rank after which the run counts as hung: all stacks are written into the run
+    folder and the attempt ends. Start-up and export may take three times as long."""
 
 
 class Unsure(Section):
@@ -416,6 +426,11 @@ class Checkpoint(Section):
     """Steps between checkpoints; default: at each evaluation. A stop signal and the end always save."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest complete checkpoints kept. At least 2: the newest may turn out torn."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written: the step waits only for a copy in host memory. false: for the disk."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be written does (a full disk). continue: a warning, and the next one is tried at
+    its time; stop: the run ends. The older checkpoints stay in any case."""
 
 
 class Tracking(Section):
@@ -794,6 +809,8 @@ def with_absolute_paths(settings: Config) -> Config:
     model, pretrained = settings.model, settings.model.pretrained
     if pretrained and (os.path.exists(pretrained) or pretrained.startswith((".", "/", "~"))):
         model = model.model_copy(update={"pretrained": _absolute(pretrained)})
+    if model.warm_start:
+        model = model.model_copy(update={"warm_start": _absolute(model.warm_start)})
     return settings.model_copy(update={"data": data, "model": model})
 
 

@@ -10,10 +10,9 @@ DeepSpeed gets a ready torch optimizer and no scheduler: see optim.py.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import deepspeed.ops
@@ -26,7 +25,18 @@ from torch import nn
 from vitdist.config import Batch, Config, Optim
 from vitdist.dist import Processes
 
+# The numbers of DeepSpeed's loss scalers that change while training; without ZeRO there is no hysteresis.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Piece(NamedTuple):
+    """A part of a parameter, or of what belongs to it."""
+
+    offset: int
+    """Where it begins in the flattened parameter."""
+    values: torch.Tensor
+    """[n] values from there."""
 
 
 class Diverged(RuntimeError):
@@ -120,6 +130,8 @@ class Engine:
             model=net, optimizer=optimizer, config=deepspeed_config(settings, batch, precision)
         )
         assert len(self._optimizer.param_groups) == len(self.scales), "DeepSpeed dropped a parameter group"
+        # Inside DeepSpeed's wrapper, where there is one; its states are those of the masters.
+        self._base: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
         self._half_without_zero = hasattr(self._optimizer, "fp32_groups")
         if self._half_without_zero:
             # To make room for its states DeepSpeed has taken a step without gradients: Adam counts it, weight decay
@@ -128,7 +140,7 @@ class Engine:
             self._optimizer.state.clear()
         # In fp32 without ZeRO, DeepSpeed clips but does not tell the norm.
         self._plain = engine.zero == 0 and self.dtype == torch.float32
-        self._norm = 0.0
+        self._norm, self._norm_factor = 0.0, 1.0
         self._averages = [master.detach().clone() for master in self._masters()] if settings.optim.ema else []
         self._averages_are_in = False
         if engine.compile:
@@ -139,8 +151,18 @@ class Engine:
         return self._engine(pixel_values=images).logits
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of a micro-batch's mean loss; DeepSpeed divides by the accumulation."""
-        self._engine.backward(loss)
+        """Accumulate gradients of a micro-batch's mean loss; DeepSpeed divides by the accumulation.
+
+        A loss that is not finite makes every gradient NaN: reduced over the ranks, it has all of them skip the update
+        alike, without another collective.
+        """
+        # 0 where the loss is finite, else NaN; nothing waits for the device.
+        factor = 1 + (loss - loss).detach()
+        if self._half_without_zero and self.precision == "fp16":
+            # DeepSpeed 0.19.8 divides these gradients by the loss scale without having multiplied the loss by it:
+            # clipping never bites, and SGD's updates are 65,536 times too small.
+            factor = factor * self.loss_scale
+        self._engine.backward(loss * factor)
 
     def step(self) -> None:
         """After the last micro-batch: reduce, clip, update or skip, average. Before it: nothing but counting."""
@@ -148,8 +170,11 @@ class Engine:
         if self._plain and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             self._norm = float(nn.utils.get_total_norm(gradients))
-            if not math.isfinite(self._norm):  # every other engine of DeepSpeed skips such an update by itself
-                raise Diverged("the gradients are not finite")
+            if not math.isfinite(self._norm):
+                self._skip()
+                return
+        if self._half_without_zero and self._engine.is_gradient_accumulation_boundary():
+            self._norm_factor = self.loss_scale  # DeepSpeed tells the norm of the scaled gradients there
         try:
             self._engine.step()
         except Exception as error:
@@ -160,6 +185,16 @@ class Engine:
             decay = average_decay(self.steps - self.skipped - 1, self._optim)
             with torch.no_grad():
                 torch._foreach_lerp_(self._averages, self._masters(), 1 - decay)
+
+    def _skip(self) -> None:
+        """Every other engine of DeepSpeed skips an update that is not finite by itself; this one would apply it."""
+        engine = self._engine
+        engine.zero_grad()
+        engine.losses = None
+        engine.micro_steps += 1
+        engine.global_steps += 1
+        engine.skipped_steps += 1
+        engine.global_samples += engine.train_batch_size()
 
     def set_lr(self, lr: float) -> None:
         """Give each group `lr` x its scale."""
@@ -187,13 +222,18 @@ class Engine:
     @property
     def loss_scale(self) -> float:
         """The factor on fp16 losses; 1 in other precisions."""
-        return float(getattr(self._optimizer, "cur_scale", 1.0)) if self.precision == "fp16" else 1.0
+        return float(self._scaler().cur_scale) if self.precision == "fp16" else 1.0
 
     @property
     def grad_norm(self) -> float:
         """Norm of the whole gradient of the last update over all ranks, before clipping."""
         norm = self._norm if self._plain else self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return float(norm) / self._norm_factor if norm is not None else 0.0
+
+    @property
+    def replicated(self) -> bool:
+        """Whether each rank holds all of the state."""
+        return self._zero == 0
 
     def train(self) -> None:
         self._engine.train()
@@ -224,7 +264,12 @@ class Engine:
             held = master.clone()  # of one group: a 26th or so of the model
             master.copy_(average)
             average.copy_(held)
-        # The weights that the model computes with are copies of the masters, but for fp32 without ZeRO.
+        self._compute_with_masters()
+        self._averages_are_in = not self._averages_are_in
+
+    def _compute_with_masters(self) -> None:
+        """The weights that the model computes with are copies of the masters, but for fp32 without ZeRO: renew them."""
+        optimizer = self._optimizer
         if self._zero == 3:  # as at the end of its step
             for group in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -235,7 +280,6 @@ class Engine:
         elif self._half_without_zero:
             for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 torch._foreach_copy_(halves, masters)
-        self._averages_are_in = not self._averages_are_in
 
     def _masters(self) -> list[torch.Tensor]:
         """The fp32 weights that the optimizer of this rank updates: flat pieces under ZeRO, else parameters."""
@@ -243,14 +287,14 @@ class Engine:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         return [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
 
-    def _fragments(self, masters: list[torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:
-        """What this rank holds of each trained parameter: name -> (offset in the flat parameter, flat values).
+    def _fragments(self, masters: list[torch.Tensor]) -> dict[str, Piece]:
+        """What this rank holds of each trained parameter.
 
         Views of `masters`, or of tensors of the same layout. No rank holds padding; without ZeRO each holds all.
         """
         if self._zero == 0:
             names = [name for group in self._members for name in group]
-            return {name: (0, whole.view(-1)) for name, whole in zip(names, masters, strict=True)}
+            return {name: Piece(0, whole.detach().view(-1)) for name, whole in zip(names, masters, strict=True)}
         found = {}
         for name, parameter in self._engine.module.named_parameters():
             if not parameter.requires_grad:
@@ -266,7 +310,7 @@ class Engine:
                 offset = held.lp_fragment_address.start
                 begin, size = held.hp_fragment_address.start, held.hp_fragment_address.numel
             if size > 0:
-                found[name] = offset, masters[number].narrow(0, begin, size)
+                found[name] = Piece(offset, masters[number].detach().narrow(0, begin, size))
         return found
 
     def full_weights(self, keep: bool) -> dict[str, torch.Tensor]:
@@ -278,7 +322,7 @@ class Engine:
         whole = self._fragments(self._masters()) if self._zero == 0 else {}
         for name, parameter in self._engine.module.named_parameters():
             # Under ZeRO it is gathered from the ranks; a frozen parameter is not known to the optimizer.
-            full = whole[name][1].view_as(parameter) if name in whole else safe_get_full_fp32_param(parameter)
+            full = whole[name].values.view_as(parameter) if name in whole else safe_get_full_fp32_param(parameter)
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero == 3 and full is None):
                 if keep:
                     weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
@@ -287,43 +331,104 @@ class Engine:
                 weights[name] = buffer.detach().cpu().clone()
         return weights
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights, optimizer and averages into folder/tag; all ranks call it."""
-        assert not self._averages_are_in, "the weights are the averages: not to be saved as weights"
-        # DeepSpeed would publish `latest` before the other ranks have written.
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        if self._averages and (self._zero or self._rank == 0):
-            # Views of a few flat tensors: torch.save writes each of those once.
-            torch.save(self._fragments(self._averages), folder / tag / f"average-{self._rank}.pt")
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank holds of the state of training, by `kind/parameter`: live views, to be copied or filled.
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Take weights, optimizer, averages, loss scale and counters from folder/tag; all ranks call it."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-        if path is None:
-            raise ValueError(f"{folder / tag}: DeepSpeed found no checkpoint")
-        files = sorted((folder / tag).glob("average-*.pt"))
-        if bool(files) != bool(self._averages):
-            raise ValueError(
-                f"{folder / tag} has {'an' if files else 'no'} average of the weights, and optim.ema is "
-                f"{self._optim.ema}: use the setting that the run began with, or another run name"
-            )
-        if files:
-            self._load_averages(files)
+        Kinds: master (the fp32 weights), average, what the optimizer keeps of each weight (exp_avg, exp_avg_sq,
+        momentum_buffer), frozen (as the model holds it), buffer. Over all ranks they are whole; without ZeRO each rank
+        has all of it.
+        """
+        assert not self._averages_are_in, "the weights are the averages: not to be taken for weights"
+        kinds = {"master": self._masters(), **self._optimizer_states()}
+        if self._averages:
+            kinds["average"] = self._averages
+        found = {}
+        for kind, tensors in kinds.items():
+            for name, piece in self._fragments(tensors).items():
+                found[f"{kind}/{name}"] = piece
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad and (part := self._frozen(parameter)):
+                found[f"frozen/{name}"] = part
+        for name, buffer in self._engine.module.named_buffers():
+            if self._zero == 0 or self._rank == 0:
+                found[f"buffer/{name}"] = Piece(0, buffer.detach().view(-1))
+        return found
 
-    def _load_averages(self, files: list[Path]) -> None:
-        """Put the fragments together that other ranks, or as many as there were, have written."""
-        mine = self._fragments(self._averages)
-        left = {name: values.numel() for name, (_, values) in mine.items()}
-        for file in files:
-            # Mapped: what other ranks need is not read.
-            saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            for name in mine.keys() & saved.keys():
-                (offset, values), (saved_offset, saved_values) = mine[name], saved[name]
-                begin = max(offset, saved_offset)
-                end = min(offset + len(values), saved_offset + len(saved_values))
-                if begin < end:
-                    values[begin - offset : end - offset].copy_(saved_values[begin - saved_offset : end - saved_offset])
-                    left[name] -= end - begin
-        lost = [name for name, count in left.items() if count]
-        if lost:
-            raise ValueError(f"{files[0].parent}: the average of {lost[0]} is not all there ({len(lost)} such)")
+    def counters(self) -> dict[str, Any]:
+        """The numbers of the state of training, the same on all ranks."""
+        scaler = self._scaler()
+        states = self._base.state
+        numbers = {
+            name: float(value)
+            for state in (states[master] for master in self._masters() if master in states)
+            for name, value in state.items()
+            if value is not None and not (torch.is_tensor(value) and value.ndim)
+        }
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "optimizer": numbers,
+            "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+        }
+
+    @torch.no_grad()
+    def restore(self, kinds: set[str], fill: Callable[[dict[str, Piece]], None], counters: dict[str, Any]) -> None:
+        """Take a state of training: `fill` writes into the views it is given. All ranks call it.
+
+        `kinds`: the optimizer's kinds that were saved. Where the state came from another number of ranks, stage or
+        precision makes no difference: every group keeps its own rate, decay and count of steps.
+        """
+        still = self._base.state
+        for group, masters in zip(self._base.param_groups, self._masters_by_group(), strict=True):
+            on_device = group.get("fused") or group.get("capturable")  # where torch.optim keeps its step counts
+            for master in masters:
+                still[master] = {kind: torch.zeros_like(master) for kind in sorted(kinds)} | {
+                    name: torch.tensor(value, device=master.device if on_device else "cpu")
+                    for name, value in counters["optimizer"].items()
+                }
+        if self._zero == 3:
+            self._optimizer._partition_all_parameters()
+        fill(self.pieces())
+        self._compute_with_masters()
+        engine, scaler = self._engine, self._scaler()
+        engine.global_steps, engine.skipped_steps = counters["steps"], counters["skipped"]
+        engine.micro_steps = counters["steps"] * engine.gradient_accumulation_steps()
+        engine.global_samples = counters["steps"] * engine.train_batch_size()
+        for name, value in counters["loss_scaler"].items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    def _optimizer_states(self) -> dict[str, list[torch.Tensor]]:
+        """Tensors that the optimizer keeps, kind -> one for each master; {} before the first update."""
+        states = [self._base.state.get(master, {}) for master in self._masters()]
+        kinds = {kind for state in states for kind, value in state.items() if torch.is_tensor(value) and value.ndim}
+        # Without ZeRO a weight that takes no part in the forward pass has no state: zeros, as where it lies in a piece.
+        return {
+            kind: [
+                zeros if (value := state.get(kind)) is None else value
+                for state, zeros in zip(states, map(torch.zeros_like, self._masters()), strict=True)
+            ]
+            for kind in sorted(kinds)
+        }
+
+    def _masters_by_group(self) -> list[list[torch.Tensor]]:
+        """The masters of each of the optimizer's groups."""
+        if self._zero != 3:
+            return [list(group["params"]) for group in self._base.param_groups]
+        groups: list[list[torch.Tensor]] = [[] for _ in self._base.param_groups]
+        for number, master in enumerate(self._optimizer.fp32_partitioned_groups_flat):
+            groups[self._optimizer.sub_group_to_group_id[number]].append(master)
+        return groups
+
+    def _scaler(self) -> Any:
+        """What holds the loss scale: its class depends on the stage."""
+        optimizer = self._optimizer
+        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+    def _frozen(self, parameter: nn.Parameter) -> Piece | None:
+        if self._zero != 3:
+            return Piece(0, parameter.detach().view(-1)) if self._zero == 0 or self._rank == 0 else None
+        held = parameter.ds_tensor
+        offset = self._rank * held.ds_numel
+        size = min(held.ds_numel, parameter.ds_numel - offset)
+        return Piece(offset, held.detach().view(-1)[:size]) if size > 0 else None

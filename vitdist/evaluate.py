@@ -98,12 +98,14 @@ def evaluate(
     me: Processes,
     tta: Literal["none", "flip"] = "none",
     thorough: bool = False,
-) -> Evaluation:
+    go_on: Callable[[], bool] = lambda: True,
+) -> Evaluation | None:
     """Run `forward` (normalised images -> logits [B, classes]) over this rank's batches; all ranks call it.
 
     `prepare` takes a batch to the model's input [B, 3, S, S]. `tta` flip: the mean of the probabilities of a picture
     and its mirror image; the loss is then that of the mean. `thorough`: probabilities and AUROC of large sets too, to
-    be asked for when AUROC decides. Samples that cannot be read are left out and counted as `unreadable`. Raises
+    be asked for when AUROC decides. Samples that cannot be read are left out and counted as `unreadable`. `go_on` is
+    asked before each batch, on all ranks, and must answer alike: None is returned when it says no. Raises
     AssertionError unless all other of `samples` were counted exactly once.
     """
     whole = samples * classes <= (MOST_WHOLE if thorough else ALWAYS_WHOLE)
@@ -123,6 +125,8 @@ def evaluate(
 
     waiting: tuple[MicroBatch, torch.Tensor, torch.cuda.Event | None] | None = None
     for batch in batches:
+        if not go_on():
+            return None
         # Into pinned memory (non_blocking does that), before the next batch, on which the device then works while this
         # one is counted.
         logarithms = _log_probabilities(forward, prepare(batch), tta).to("cpu", non_blocking=True)

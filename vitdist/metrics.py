@@ -151,13 +151,16 @@ class Lags:
         """Of (kind, rank): rows in which it was so, up to the newest."""
         self._said: set[tuple[str, int]] = set()
 
-    def see(self, owns: Sequence[Own], step_s: float, hosts: Sequence[str]) -> list[str]:
-        """Look at a row of the log; returns what is to be said. All by rank; `step_s`: seconds of a step."""
+    def see(self, owns: Sequence[Own], step_s: float, hosts: Sequence[str]) -> list[tuple[str, str]]:
+        """Look at a row of the log; returns what is to be said, as (slow_rank or slow_data, text).
+
+        All by rank; `step_s`: seconds of a step.
+        """
         found = _lagging(owns, step_s)
         self._in_a_row = Counter({key: self._in_a_row[key] + 1 for key in found})
         due = [key for key in found if self._in_a_row[key] >= ROWS and key not in self._said]
         self._said.update(due)
-        return [f"warning: rank {rank} ({hosts[rank]}) {found[kind, rank]}" for kind, rank in due]
+        return [(kind, f"rank {rank} ({hosts[rank]}) {found[kind, rank]}") for kind, rank in due]
 
 
 def _lagging(owns: Sequence[Own], step_s: float) -> dict[tuple[str, int], str]:
@@ -166,14 +169,14 @@ def _lagging(owns: Sequence[Own], step_s: float) -> dict[tuple[str, int], str]:
     compute_s, wait_s = (_typical(values) for values in zip(*owns, strict=True))
     for rank, own in enumerate(owns):
         if own.compute_s > SLOW_RATIO * compute_s and own.compute_s - compute_s > SLOW_SHARE * step_s:
-            found["compute", rank] = (
+            found["slow_rank", rank] = (
                 f"is slow: its forward passes take {own.compute_s:.3g} s of a step of {step_s:.3g} s, those of the "
                 f"median rank {compute_s:.3g} s, and all wait for it: look at its node for other processes, and at "
                 "its clocks and temperature (nvidia-smi -q -d PERFORMANCE)"
             )
         # Where most ranks wait for data, none of them is to blame: perf/data_wait_pct tells.
         if own.wait_s > WAIT_SHARE * step_s and wait_s < own.wait_s / 2:
-            found["data", rank] = (
+            found["slow_data", rank] = (
                 f"waits for its data in {100 * own.wait_s / step_s:.0f} % of the time, and all wait for it: look at "
                 "the storage, the cache and the processor cores of its node (data.cache, data.workers)"
             )

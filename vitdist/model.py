@@ -519,6 +519,41 @@ def dropout(net: nn.Module) -> bool:
     )
 
 
+# What says nothing of what the model computes, or is compared by itself.
+_OF_NO_WEIGHT = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
+def configuration(net: nn.Module) -> dict[str, Any]:
+    """The model's configuration as transformers has it, without classes, paths and versions."""
+    held: Any = net.config
+    return {name: value for name, value in sorted(held.to_dict().items()) if name not in _OF_NO_WEIGHT}
+
+
+@torch.no_grad()
+def take(net: nn.Module, tensors: Mapping[str, torch.Tensor], head: bool) -> tuple[int, list[str]]:
+    """Copy `tensors` into the model's of the same name and shape, the classifier's only with `head`.
+
+    Returns (how many were taken, the names of the model's own that stay as they are).
+    """
+    heads = tuple(f"{name}." for name, module in net.named_children() if isinstance(module, nn.Linear))
+    left, own = [], {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    for name, mine in own.items():
+        other = tensors.get(name)
+        if other is None or other.shape != mine.shape or (name.startswith(heads) and not head):
+            left.append(name)
+        else:
+            mine.copy_(other)
+    return len(own) - len(left), left
+
+
 def describe(settings: Model, net: nn.Module, weights: Weights) -> dict[str, object]:
     """The model as a record: name, weights, parameters, trainable."""
     return {

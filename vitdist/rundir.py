@@ -8,8 +8,8 @@
       attempts/K/job.json       the launcher's record of start K   (one writer: the first node's job)
       attempts/K/train.json     the trainer's record of start K    (one writer: rank 0)
       attempts/K/logs/node-N/   torchrun.log, rank-R.log; node.json: how that node ended (one writer: its job)
-      attempts/K/faults/        rank-R.json: what ended that rank (one writer: the rank)
-      attempts/K/stacks/        rank-R.txt: where that rank stood when the attempt hung
+      attempts/K/faults/        rank-R.json: what ended that rank (one writer: the rank; a peer for one that hangs)
+      attempts/K/stacks/        rank-R.txt, rank-R.json: where that rank stood when the attempt hung
       checkpoints/step-S/       appears whole; manifest.json says what is in it
       metrics.jsonl             one row every few steps, the truth that W&B mirrors
       evaluation.json predictions.npz    the newest evaluation

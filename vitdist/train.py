@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -21,16 +22,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from vitdist import config, rundir, stop
+from vitdist import changes, config, console, faults, manifest, rundir, stop
 from vitdist.config import Batch, Config, Pixels, SettingsError
 from vitdist.rundir import RunDir
 from vitdist.stop import StopRequest
+from vitdist.watchdog import Mark, Watchdog
 
 if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad settings answer at once
     from torch import Tensor
     from torch.nn import Module
 
-    from vitdist.checkpoint import Identity
+    from vitdist.checkpoint import Resumed, Writer
     from vitdist.data.index import Index
     from vitdist.data.loader import Training
     from vitdist.data.reader import Bad, MicroBatch
@@ -38,14 +40,15 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
     from vitdist.dist import Processes
     from vitdist.engine import Engine
     from vitdist.loss import Loss
-    from vitdist.metrics import Meter
+    from vitdist.manifest import Identity
+    from vitdist.metrics import Lags, Meter
     from vitdist.model import DropPaths
+    from vitdist.selection import Evaluations
     from vitdist.tracking import Journal
 
 
-# fp16 may halve its loss scale 16 times before the first update. Where DeepSpeed's scaler does not end a longer
-# streak itself, and in fp32 and bf16, the run would go on for ever without an update.
-MOST_SKIPPED_IN_A_ROW = 50
+# Start-up, export and report read and write whole models while other ranks wait: so many times engine.hang_s.
+LONG = 3
 
 Result = TypeVar("Result")
 _REMEDY = "the run diverged; lower optim.lr, lengthen optim.warmup or set optim.clip"
@@ -53,6 +56,10 @@ _REMEDY = "the run diverged; lower optim.lr, lengthen optim.warmup or set optim.
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on, for a reason that a user can act on."""
+
+
+class Interrupted(Exception):
+    """All ranks have agreed to stop in the middle of an evaluation."""
 
 
 @dataclass
@@ -65,6 +72,15 @@ class Broken:
     """Row, shard and key of each that any rank has met; the next two count these."""
     reasons: Counter[str] = field(default_factory=Counter)
     shards: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Skips:
+    """Updates that were skipped since the last one that was not."""
+
+    in_a_row: int = 0
+    seen: "list[tuple[Tensor, Tensor]]" = field(default_factory=list)
+    """Rows and losses of this rank's samples in the newest step, a pair for each micro-batch."""
 
 
 class Standing(NamedTuple):
@@ -84,9 +100,14 @@ class Session:
 
     run: RunDir
     attempt: int
+    given: Config
+    """The settings as they stand in the run folder."""
     settings: Config
+    """Those that hold: the rate scaled to the batch."""
     me: "Processes"
     journal: "Journal"
+    watchdog: Watchdog
+    stopping: StopRequest
     training: "Training"
     val_set: "Index"
     batch: Batch
@@ -100,6 +121,18 @@ class Session:
     engine: "Engine"
     identity: "Identity"
     meter: "Meter"
+    lags: "Lags"
+    hosts: list[str]
+    """Of the ranks."""
+    writer: "Writer"
+    evaluations: "Evaluations | None"
+    """On rank 0."""
+
+    def progress(self, phase: str, long: bool = False) -> None:
+        """This rank goes on: for the bar and for the watchdog, which allows for a `long` phase."""
+        step, limit = self.engine.steps, self.settings.engine.hang_s
+        self.watchdog.mark(step, phase, LONG * limit if long else limit)
+        self.journal.progress(step, phase)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -121,42 +154,28 @@ class Session:
 
 def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, stopping: StopRequest) -> int:
     """Train to the end or to a stop; returns the exit code (rundir.EXIT_*). Rank 0 asks `place` for the run folder."""
-    from vitdist import checkpoint, dist, selection
+    from vitdist import dist
     from vitdist.tracking import Journal
 
     began = time.monotonic()
-    summary: dict[str, float] | None = None
-    with dist.processes(None if settings.engine.threads == "auto" else settings.engine.threads) as me:
-        run = RunDir(Path(me.from_first(str(place().path) if me.first else None)))
-        attempt = me.from_first(run.next_attempt() if attempt is None and me.first else attempt)
-        with _only_writer(run, me.first), Journal(run, run.attempt(attempt), me.first) as journal:
-            # data, model with a learning rate for each layer, DeepSpeed
-            session, about = _assemble(run, attempt, settings, me, journal)
-            from vitdist.data.reader import DataFailed
-            from vitdist.engine import Diverged
-
-            # go on where an earlier attempt stopped
-            resumed, passed_over = checkpoint.resume(run, session.engine, me, session.identity)
-            if me.first:
-                selection.forget_after(run, resumed or 0)
-            _introduce(session, about, resumed, passed_over)
-
-            # the loop
-            try:
-                reason = _loop(session, stopping)
-                ended = session.engine.steps
-                summary = None if reason else _export(session, began)
-            except DataFailed as error:  # out of a loader process it comes with that one's traceback before it
-                raise TrainingFailed(str(error).strip().splitlines()[-1].split("DataFailed: ")[-1]) from None
-            except Diverged as error:
-                raise TrainingFailed(f"{error} at step {session.engine.steps + 1}: {_REMEDY}") from None
-            except ValueError as error:  # before the loop it is bad input, from there on a fault to be seen whole
-                raise RuntimeError(f"fault after step {session.engine.steps}: {error}") from error
-            if reason:
-                journal.record(state="stopped", reason=reason, ended=rundir.now())
-                journal.say(f"stopped by {reason} at step {session.engine.steps} of {session.total}, checkpoint saved")
-            else:
-                journal.record(state="done", step=ended, summary=summary, ended=rundir.now())
+    engine = settings.engine
+    with dist.processes(None if engine.threads == "auto" else engine.threads, _group_timeout(engine)) as me:
+        run = RunDir(Path(_of_first(me, lambda: str(place().path))))
+        number = me.from_first(run.next_attempt() if attempt is None and me.first else attempt)
+        here = run.attempt(number)
+        mark = Mark(0, 0, "starting", math.inf)
+        try:
+            with _only_writer(run, me), Journal(run, here, me.first) as journal:
+                hung = functools.partial(_hung, journal)
+                with Watchdog(here, me.rank, me.world, engine.hang_s, hung) as watchdog:
+                    watchdog.mark(0, "starting", LONG * engine.hang_s)
+                    try:
+                        summary = _attempt(run, number, settings, me, journal, watchdog, stopping, began)
+                    finally:
+                        mark = watchdog.newest
+        except BaseException as error:  # after the watchdog, which may know better why this rank fails
+            faults.note(here, faults.of(error, me.rank, mark.step, mark.phase))
+            raise
         # The journal is closed, W&B with it, before the ranks part: torchrun kills the ranks that are
         # left 30 s after the first one has gone with a code other than 0.
         if me.first and summary:
@@ -167,15 +186,91 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
         return rundir.EXIT_DONE if summary else rundir.EXIT_STOPPED
 
 
+def _attempt(
+    run: RunDir,
+    number: int,
+    settings: Config,
+    me: "Processes",
+    journal: "Journal",
+    watchdog: Watchdog,
+    stopping: StopRequest,
+    began: float,
+) -> dict[str, float] | None:
+    """One attempt from the data to the model; returns the figures of the finished run, None if it was stopped."""
+    from vitdist import checkpoint
+
+    # data, model with a learning rate for each layer, DeepSpeed
+    session, about = _assemble(run, number, settings, me, journal, watchdog, stopping)
+    from vitdist.data.reader import DataFailed
+    from vitdist.engine import Diverged
+
+    # go on where an earlier attempt stopped
+    resumed, passed_over = checkpoint.resume(run, session.engine, me, session.identity, settings.train.seed)
+    if resumed:
+        session.writer.began_at(resumed.step)
+    if session.evaluations:
+        session.evaluations.forget_after(resumed.step if resumed else 0)
+    _introduce(session, about, resumed, passed_over)
+
+    # the loop
+    summary = None
+    try:
+        reason = _loop(session)
+        if not reason:
+            session.writer.wait()
+            _tell_saves(session)
+            ended = session.engine.steps
+            summary = _export(session, began)
+    except Interrupted:
+        if session.engine.steps > (session.writer.newest or 0):
+            _save(session)
+        reason = _reason(session)
+    except DataFailed as error:  # out of a loader process it comes with that one's traceback before it
+        raise TrainingFailed(str(error).strip().splitlines()[-1].split("DataFailed: ")[-1]) from error
+    except Diverged as error:
+        raise TrainingFailed(f"{error} at step {session.engine.steps + 1}: {_REMEDY}") from error
+    except (checkpoint.SaveFailed, checkpoint.Fenced) as error:
+        raise TrainingFailed(str(error)) from error
+    except ValueError as error:  # before the loop it is bad input, from there on a fault to be seen whole
+        raise RuntimeError(f"fault after step {session.engine.steps}: {error}") from error
+    finally:
+        session.writer.close()
+    if summary is None:
+        _stop(session, reason or "")
+    else:
+        journal.record(state="done", step=ended, summary=summary, ended=rundir.now())
+    return summary
+
+
+def _stop(s: Session, reason: str) -> None:
+    """Wait for the checkpoint of the last step, and say what the run goes on from."""
+    s.progress("saving", long=True)
+    s.writer.wait()
+    step, newest = s.engine.steps, s.writer.newest
+    failed = _tell_saves(s)
+    saved = "checkpoint saved"
+    if failed:
+        saved = f"no checkpoint of it: it will go on from {'the beginning' if newest is None else f'step {newest}'}"
+    s.journal.stopping()
+    s.journal.record(state="stopped", reason=reason, ended=rundir.now())
+    s.journal.say(f"stopped by {reason} at step {step} of {s.total}, {saved}")
+
+
 def _assemble(
-    run: RunDir, attempt: int, settings: Config, me: "Processes", journal: "Journal"
+    run: RunDir,
+    attempt: int,
+    settings: Config,
+    me: "Processes",
+    journal: "Journal",
+    watchdog: Watchdog,
+    stopping: StopRequest,
 ) -> tuple[Session, dict[str, Any]]:
     """Open the data, build the model and its groups, hand them to DeepSpeed; the second value describes them."""
-    from vitdist import checkpoint, decision, loss, metrics, model, optim
+    from vitdist import checkpoint, decision, dist, loss, metrics, model, optim, selection
     from vitdist.data import augment
     from vitdist.engine import Engine  # asks at import which device `dist` chose
 
-    batch = config.split_batch(settings.train, me.world)
+    given, batch = settings, config.split_batch(settings.train, me.world)
     augment.check(settings.data, batch.micro_batch)
     training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch))
     losses = loss.Loss(settings.loss, training.class_counts, training.classes)
@@ -195,44 +290,91 @@ def _assemble(
     net, weights = _on_every_rank(
         me, lambda: model.build(settings.model, training.classes, settings.train.seed, me.device)
     )
+    if settings.model.warm_start and not _of_first(me, lambda: manifest.steps(run)):
+        started = _on_every_rank(me, lambda: _warm_start(net, str(settings.model.warm_start), training.classes))
+        journal.say(started)
     pixels = config.pixels(settings, weights.mean, weights.std)
     layer, depth = model.layers(net)
     groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
     meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
     about = {"groups": optim.describe(groups), "model": model.describe(settings.model, net, weights)}
-    fingerprint = checkpoint.fingerprint(groups)  # DeepSpeed changes the groups
+    identity = manifest.Identity(
+        optimizer=settings.optim.name,
+        global_batch=batch.global_batch,
+        model=manifest.digest(model.configuration(net)),
+        classes=training.classes,
+        data=training.identity,
+        groups=checkpoint.layout(groups),  # before DeepSpeed changes them
+        rest=checkpoint.rest(net),
+    )
     drop_paths = model.drop_paths(net)
 
     engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
-    identity = checkpoint.Identity(
-        optimizer=settings.optim.name,
-        world=me.world,
-        zero=settings.engine.zero,
-        precision=engine.precision,
-        global_batch=batch.global_batch,
-        groups=fingerprint,
-        classes=checkpoint.class_hash(training.classes),
-        data=training.identity,
+    dist.bound_all_groups(_group_timeout(settings.engine))  # DeepSpeed's own have its default, half an hour
+    writer = checkpoint.Writer(
+        run,
+        engine,
+        me,
+        identity,
+        settings.checkpoint,
+        attempt,
+        {
+            "zero": settings.engine.zero,
+            "precision": engine.precision,
+            "average": bool(settings.optim.ema),
+            "settings": config.to_plain(given),
+            "settings_digest": manifest.digest(config.to_plain(given)),
+            "versions": _versions(),
+        },
     )
     session = Session(
-        run,
-        attempt,
-        settings,
-        me,
-        journal,
-        training,
-        val_set,
-        batch,
-        total,
-        net,
-        pixels,
-        drop_paths,
-        losses,
-        engine,
-        identity,
-        meter,
+        run=run,
+        attempt=attempt,
+        given=given,
+        settings=settings,
+        me=me,
+        journal=journal,
+        watchdog=watchdog,
+        stopping=stopping,
+        training=training,
+        val_set=val_set,
+        batch=batch,
+        total=total,
+        net=net,
+        pixels=pixels,
+        drop_paths=drop_paths,
+        loss=losses,
+        engine=engine,
+        identity=identity,
+        meter=meter,
+        lags=metrics.Lags(),
+        hosts=me.gather(socket.gethostname()),
+        writer=writer,
+        evaluations=selection.Evaluations(run, journal.publish) if me.first else None,
     )
     return session, about
+
+
+def _warm_start(net: "Module", place: str, classes: list[str]) -> str:
+    """Give the model the weights of another run's checkpoint; returns what to say of it. Raises ValueError."""
+    from vitdist import checkpoint, model
+
+    folder = checkpoint.newest(Path(place))
+    found, weights = checkpoint.weights(folder)
+    same_classes = found.identity.classes == classes
+    taken, left = model.take(net, weights, head=same_classes)
+    if not taken:
+        raise ValueError(
+            f"model.warm_start: nothing in {folder} fits the model: is it one of the same family and size?"
+        )
+    rest = f"; as without it: {', '.join(left[:5])}" + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+    return f"warm start: {taken} tensors of {folder}" + (rest if left else "")
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "deepspeed")
+    }
 
 
 def _open_data(settings: Config, batch: Batch) -> "tuple[Training, Index]":
@@ -265,20 +407,20 @@ def _export(s: Session, began: float) -> dict[str, float]:
     from vitdist import checkpoint, export, model
 
     ended = s.engine.steps
-    s.journal.progress(ended, "exporting")
+    s.progress("exporting", long=True)
     scores, rule = _evaluate(s, final=True)
     best = _judge(s, scores).best
     if s.settings.evaluation.export == "best" and best != ended:
-        folder = s.run.checkpoints / checkpoint.name_of(best)
-        fault = s.me.from_first(checkpoint.verify(folder) if s.me.first else None)
-        if fault:  # the last weights are whole: a run without any model would be worse
-            s.journal.say(f"warning: {folder.name}, the best, cannot be had ({fault}): exporting the last weights")
-        else:
+        try:
             checkpoint.load_step(s.run, s.engine, s.me, s.identity, best)
+        except manifest.Damaged as error:  # the last weights are whole: a run without any model would be worse
+            s.journal.warn("bad_best", f"the best checkpoint, {error}: exporting the last weights")
+        else:
             s.journal.say(f"back to step {best}, the best by {s.settings.evaluation.best}")
             scores, rule = _evaluate(s, final=True, log=False)
     counted = f"{scores['samples']:,} of {len(s.val_set):,}"
     s.journal.say(f"evaluated {counted} validation samples, each once")
+    s.progress("exporting", long=True)
     with s.engine.averaged():
         whole = s.engine.full_weights(keep=s.me.first)
     if s.me.first:
@@ -289,51 +431,54 @@ def _export(s: Session, began: float) -> dict[str, float]:
     return {**scores, "images_per_s": s.meter.images_per_s, "seconds": time.monotonic() - began}
 
 
-def _loop(s: Session, stopping: StopRequest) -> str | None:
-    """Update until the last step; returns None, or the signal that stopped it after a checkpoint."""
+def _loop(s: Session) -> str | None:
+    """Update until the last step; returns None, or the signal that stopped it, with a checkpoint on its way."""
     settings = s.settings.evaluation
     evaluate_every = settings.every_steps or max(1, round((settings.every_epochs or 1.0) * s.steps_per_epoch))
     save_every = s.settings.checkpoint.every_steps or evaluate_every
     with contextlib.closing(s.training.batches(s.batch, s.me.rank, s.engine.steps, s.me.local_world)) as batches:
-        return _steps(s, batches, stopping, evaluate_every, save_every)
+        return _steps(s, batches, evaluate_every, save_every)
 
 
-def _steps(
-    s: Session, batches: "Iterator[MicroBatch]", stopping: StopRequest, evaluate_every: int, save_every: int
-) -> str | None:
+def _steps(s: Session, batches: "Iterator[MicroBatch]", evaluate_every: int, save_every: int) -> str | None:
     """The loop itself."""
     settings, engine = s.settings, s.engine
     losses: list[Tensor] = []
-    broken = Broken()
-    in_a_row = 0
+    broken, skips = Broken(), Skips()
     engine.train()
     while engine.steps < s.total and not _patience_ends(s, evaluate_every):
         skipped = engine.skipped
-        losses.append(_update(s, batches, broken))
+        losses.append(_update(s, batches, broken, skips))
         step = engine.steps
-        in_a_row = in_a_row + 1 if engine.skipped > skipped else 0
-        if in_a_row == MOST_SKIPPED_IN_A_ROW:
-            raise TrainingFailed(f"the gradients of {in_a_row} steps up to step {step} are not finite: {_REMEDY}")
+        skips.in_a_row = skips.in_a_row + 1 if engine.skipped > skipped else 0
+        if skips.in_a_row:
+            _judge_skips(s, skips)
         last = step == s.total
         if step % settings.tracking.log_every == 0 or last:
             _log(s, losses, broken)
             losses = []
-        s.journal.progress(step, "training")
-        stop_now = s.me.any(bool(stopping)) and not last
+        s.progress("training")
+        _tell_saves(s)
+        stop_now = s.me.any(bool(s.stopping)) and not last
         # Saved first: an evaluation may be long, and what it costs to do again is little.
         if step % save_every == 0 or last or stop_now:
             with s.meter.paused():
                 _save(s)
         if stop_now:
-            return next(reason for reason in s.me.gather(stopping.reason) if reason)
+            return _reason(s)
     if engine.steps < s.total:
         patience, metric = settings.evaluation.patience, settings.evaluation.best
         s.journal.say(f"{patience} evaluations brought no better {metric}: ends at step {engine.steps} of {s.total}")
     return None
 
 
-def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken) -> "Tensor":
-    """One update over a global batch; returns this rank's mean loss, and adds to `broken`."""
+def _reason(s: Session) -> str:
+    """The signal that asked a rank to stop; all ranks call it when one was."""
+    return str(next(reason for reason in s.me.gather(s.stopping.reason) if reason))
+
+
+def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken, skips: Skips) -> "Tensor":
+    """One update over a global batch; returns this rank's mean loss, adds to `broken`, renews `skips.seen`."""
     import torch
     from torch.nn import functional as F
 
@@ -350,6 +495,7 @@ def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken) -> "Ten
     micros = [next(batches) for _ in range(batch.accumulation)]
     s.meter.waited(time.monotonic() - asked)
     share = _share_of_a_sample(s, micros)
+    skips.seen = []
     for part, micro in enumerate(micros):
         images, target = s.prepare(micro), micro.labels.to(s.me.device, non_blocking=True)
         slots = rank_slots(step, part, s.me.rank, batch)
@@ -358,15 +504,20 @@ def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken) -> "Ten
             images, target = augment.apply(plan, images, F.one_hot(target, len(s.training.classes)).float())
         if s.drop_paths:
             s.drop_paths.draw(seed, step, slots, batch.global_batch)
-        logits = s.engine.forward(images).float()
+        with s.meter.computing():
+            logits = s.engine.forward(images)
+        logits = logits.float()
         # DeepSpeed takes the mean over micro-batches and ranks: so that their sum is left, each counts as often.
-        loss = s.loss(logits, target).sum() * (share * batch.accumulation * batch.world)
+        of_samples = s.loss(logits, target)
+        loss = of_samples.sum() * (share * batch.accumulation * batch.world)
+        skips.seen.append((micro.ids, of_samples.detach()))
         s.engine.backward(loss)
         s.engine.step()
         total_loss += loss.detach()
         broken.new += micro.bad
         for bad in micro.bad:
             print(f"step {step}: replaced sample {bad.key} of {bad.shard}: {bad.detail}", file=sys.stderr)
+        s.watchdog.mark(step, "training")
     s.meter.step()
     return total_loss / batch.accumulation
 
@@ -386,10 +537,20 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
     """One row of figures of the steps since the last; ends a run that cannot learn any more."""
     import torch
 
+    from vitdist import metrics
+
     engine, step = s.engine, s.engine.steps
     seen = step * s.batch.global_batch
-    loss = s.me.mean(float(torch.stack(losses).mean()))
+    finite = torch.stack(losses).double().cpu()
+    finite = finite[finite.isfinite()]  # a step whose loss was not was skipped, and is told by itself
+    total, number = s.me.sum(torch.tensor([float(finite.sum()), float(len(finite))], dtype=torch.float64)).tolist()
+    loss = total / number if number else math.nan
     _note_broken(s, broken)
+    owns = s.me.gather(s.meter.own())
+    speed = s.meter.row(s.total - step)
+    speed |= metrics.lag(owns, speed["perf/step_s"])
+    for kind, text in s.lags.see(owns, speed["perf/step_s"], s.hosts):
+        s.journal.warn(kind, text)
     rates = {f"lr/{name}": rate for name, rate in engine.lrs().items() if not name.endswith("_no_decay")}
     s.journal.row(
         step,
@@ -403,11 +564,9 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
             "optim/skipped_steps": engine.skipped,
             "data/bad_samples": len(broken.known),
             **{f"data/bad_{reason}": number for reason, number in sorted(broken.reasons.items())},
-            **s.meter.row(s.total - step),
+            **speed,
         },
     )
-    if not math.isfinite(loss):
-        raise TrainingFailed(f"the loss is {loss} at step {step}: {_REMEDY}")
     # Counted are samples, not meetings: one that every epoch meets again is one.
     max_bad = s.settings.data.max_bad
     budget = max(1, math.floor(max_bad * s.training.samples)) if max_bad else 0
@@ -419,6 +578,39 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
             f"data.max_bad {max_bad} allows ({budget}): {s.run.bad_samples} names them; "
             "run `vitdist verify` on the shards, or raise data.max_bad"
         )
+
+
+def _judge_skips(s: Session, skips: Skips) -> None:
+    """After a skipped update: say whose loss was not finite, and end a run that does nothing else any more."""
+    step, most = s.engine.steps, s.settings.train.max_skipped
+    mine = [
+        (int(row), float(loss))
+        for rows, losses in skips.seen
+        for row, loss in zip(rows.tolist(), losses.cpu().tolist(), strict=True)
+    ]
+    spoiled = [(row, loss) for row, loss in mine if not math.isfinite(loss)]
+    ending = skips.in_a_row >= most
+    # fp16 skips updates in the search for its loss scale; those say nothing.
+    if not ending and not s.me.any(bool(spoiled)):
+        return
+    samples = s.training.samples_of() if s.training.samples_of and (spoiled or ending) else None
+    keys = [samples.index.key(row) if samples else f"number {slot}" for slot, (row, _) in enumerate(spoiled or mine)]
+    told = s.me.gather((bool(spoiled), keys[:8], len(keys)))
+    of_loss = [(rank, named, count) for rank, (bad, named, count) in enumerate(told) if bad]
+    what = "loss" if of_loss else "gradient, though each loss was finite,"
+    of_ranks = of_loss or [(rank, named, count) for rank, (_, named, count) in enumerate(told)]
+    text = "; ".join(
+        f"rank {rank}: samples {', '.join(named)}" + (f" and {count - len(named)} more" if count > len(named) else "")
+        for rank, named, count in of_ranks[:4]
+    ) + (f"; and {len(of_ranks) - 4} more ranks" if len(of_ranks) > 4 else "")
+    if ending:
+        newest = s.writer.newest
+        s.journal.record(not_finite={"step": step, "in_a_row": skips.in_a_row, "of": what, "ranks": told})
+        raise TrainingFailed(
+            f"{skips.in_a_row} updates in a row up to step {step} were not finite and skipped; in the last the {what} "
+            f"was not ({text}): {_REMEDY}" + (f"; the checkpoint of step {newest} is intact" if newest else "")
+        )
+    s.journal.warn("skipped_step", f"step {step} is skipped by all ranks: its {what} was not finite ({text})")
 
 
 def _note_broken(s: Session, broken: Broken) -> None:
@@ -438,28 +630,37 @@ def _note_broken(s: Session, broken: Broken) -> None:
 def _evaluate(s: Session, final: bool = False, log: bool = True) -> "tuple[dict[str, float], Decision | None]":
     """Evaluate, publish the result, log a row; returns metrics and, on rank 0, the rule that says `unsure`.
 
-    `final`: with all that takes long, such as intervals.
+    `final`: with all that takes long, such as intervals. Raises Interrupted, on all ranks, if one was asked to stop.
     """
     from vitdist import evaluate
     from vitdist.data import loader
 
     step, settings, classes = s.engine.steps, s.settings.evaluation, s.val_set.classes
-    s.journal.progress(step, "evaluating")
+
+    def go_on() -> bool:
+        s.watchdog.mark(step, "evaluating")
+        return not s.me.any(bool(s.stopping))
+
+    s.progress("evaluating")
     size = settings.batch or 2 * s.batch.micro_batch
     batches = loader.evaluation_batches(s.val_set, s.settings, s.me.rank, s.me.world, size, s.me.local_world)
     s.engine.eval()
     whole = final or settings.best == "auroc"
     with s.engine.averaged():
         result = evaluate.evaluate(
-            s.engine.forward, batches, s.prepare, len(classes), len(s.val_set), s.me, settings.tta, whole
+            s.engine.forward, batches, s.prepare, len(classes), len(s.val_set), s.me, settings.tta, whole, go_on
         )
     s.engine.train()
+    if result is None:
+        raise Interrupted
     s.journal.bad_samples(step, "val", result.bad)
     if log:
         s.journal.row(step, {f"val/{name}": value for name, value in result.metrics.items()})
     if not math.isfinite(result.metrics["loss"]):
         raise TrainingFailed(f"the validation loss is {result.metrics['loss']} at step {step}: {_REMEDY}")
-    rule = evaluate.publish(s.run, step, result, classes, settings, final) if s.me.first else None
+    rule = None
+    if s.me.first:
+        rule = evaluate.publish(s.run, step, result, classes, settings, final, s.journal.publish)
     return result.metrics, rule
 
 
@@ -483,10 +684,8 @@ def _patience_ends(s: Session, evaluate_every: int) -> bool:
 
 def _judge(s: Session, scores: dict[str, float]) -> Standing:
     """Remember an evaluation; returns where the run stands with it."""
-    from vitdist import selection
-
-    if s.me.first:
-        selection.record(s.run, s.engine.steps, scores)
+    if s.evaluations:
+        s.evaluations.record(s.engine.steps, scores)
     return _standing(s)
 
 
@@ -494,10 +693,10 @@ def _standing(s: Session) -> Standing:
     """Where the run stands by its history, which rank 0 reads; all ranks call it."""
     from vitdist import selection
 
-    if not s.me.first:
+    if not s.evaluations:
         return cast(Standing, s.me.from_first(None))
     metric, step = s.settings.evaluation.best, s.engine.steps
-    history = selection.history(s.run, metric, step)
+    history = s.evaluations.history(metric, step)
     best = selection.best(history, metric)
     exhausted = selection.exhausted(history, metric, s.settings.evaluation.patience)
     owed = step not in (done for done, _ in history)
@@ -505,29 +704,71 @@ def _standing(s: Session) -> Standing:
 
 
 def _save(s: Session) -> None:
-    from vitdist import checkpoint
+    """Begin a checkpoint of this step; the loop goes on while it is written."""
+    s.progress("saving", long=True)
+    samples = s.engine.steps * s.batch.global_batch
+    s.writer.save({"epoch": samples / s.training.samples, "samples": float(samples)}, best=_standing(s).best)
+    _tell_saves(s)
 
-    s.journal.progress(s.engine.steps, "saving")
-    best = _standing(s).best
-    checkpoint.save(s.run, s.engine, s.me, s.identity, s.attempt, s.settings.checkpoint.keep, best=best)
-    s.journal.record(step=s.engine.steps)
+
+def _tell_saves(s: Session) -> bool:
+    """Record what became of checkpoints; returns whether the newest one of them failed."""
+    failed = False
+    for saved in s.writer.news():
+        failed = saved.fault is not None
+        if failed:
+            s.journal.warn(
+                "checkpoint_failed",
+                f"the checkpoint of step {saved.step} could not be saved: {saved.fault}; the older ones stay",
+            )
+        else:
+            about = {"seconds": saved.seconds, "blocked_s": saved.blocked_s, "bytes": saved.bytes}
+            s.journal.record(step=saved.step, saved=about)
+    return failed
 
 
 # ---- what the chapters need of small things ----------------------------------------------------
 
 
+def _group_timeout(settings: config.Engine) -> float:
+    """Seconds that a collective waits: longer than the watchdog, which knows more, and ends the attempt first."""
+    return LONG * settings.hang_s + 60
+
+
+def _hung(journal: "Journal", verdict: str) -> None:
+    """What the watchdog does before it ends this rank; who hung stands in attempts/K/faults."""
+    journal.record(state="failed", reason=verdict, ended=rundir.now())
+
+
 @contextlib.contextmanager
-def _only_writer(run: RunDir, first: bool) -> Iterator[None]:
+def _only_writer(run: RunDir, me: "Processes") -> Iterator[None]:
     """Rank 0 holds the run: two trainings of one folder would write each other's checkpoints."""
     with contextlib.ExitStack() as stack:
-        if first:
+
+        def lock() -> None:
             try:
                 stack.enter_context(rundir.only_writer(run))
             except BlockingIOError:
                 raise ValueError(
                     f"{run.path} is being trained by another process; wait for it or stop it first"
                 ) from None
+
+        _of_first(me, lock)
         yield
+
+
+def _of_first(me: "Processes", work: Callable[[], Result]) -> Result:
+    """`work()` of rank 0 on all. What it cannot do ends all ranks at once, with its reason."""
+    result, fault = None, None
+    if me.first:
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            fault = str(error)
+    result, fault = me.from_first((result, fault))
+    if fault:
+        raise ValueError(fault)
+    return cast(Result, result)
 
 
 def _on_every_rank(me: "Processes", work: Callable[[], Result]) -> Result:
@@ -557,11 +798,15 @@ def _agree(me: "Processes", facts: dict[str, str]) -> None:
             )
 
 
-def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_over: list[str]) -> None:
-    """Record what runs, tell it in a few lines, and begin W&B."""
+def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", passed_over: list[str]) -> None:
+    """Record what runs, tell it in a few lines, and begin W&B. Raises ValueError for what cannot be gone on with."""
     import torch
 
     from vitdist import model
+
+    s.progress("starting", long=True)
+    changed = changes.between(resumed.manifest.settings, config.to_plain(s.given)) if resumed else []
+    _refuse(changed, f"step {resumed.step} of {s.run.path}" if resumed else "")
 
     device = torch.cuda.get_device_name() if s.me.device.type == "cuda" else "CPU"
     about = about | {
@@ -572,9 +817,7 @@ def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_ov
         "zero": s.settings.engine.zero,
         "batch": config.to_plain(s.batch),
         "data": {"train": s.training.summary, "val": s.val_set.summary()},
-        "versions": {
-            name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "deepspeed")
-        },
+        "versions": _versions(),
     }
     net, groups = about["model"], about["groups"]
     s.journal.say(f"{net['weights']}: {net['parameters'] / 1e6:.2f} M parameters in {len(groups)} groups")
@@ -608,17 +851,43 @@ def _introduce(s: Session, about: dict[str, Any], resumed: int | None, passed_ov
         fed = supply.check(s.training.samples_of(), s.meter.flops_per_image, s.me.device, s.engine.dtype, cores)
         about["supply"] = fed._asdict()
         s.journal.say(fed.text())
-    s.journal.record(**about, total_steps=s.total, step=s.engine.steps, resumed_from=resumed)
+    step = s.engine.steps
+    s.journal.record(**about, total_steps=s.total, step=step, resumed_from=resumed.step if resumed else None)
     for text in passed_over:
-        s.journal.say(f"checkpoint passed over: {text}")
-    if resumed is not None:
-        s.journal.say(f"goes on at step {resumed} of {s.total}")
+        s.journal.warn("checkpoint_passed_over", f"checkpoint passed over: {text}")
+    for change in changed:
+        s.journal.say(f"setting changed: {change}")
+        s.journal.event("settings_changed", str(change))
+    if resumed:
+        before = resumed.manifest
+        if (before.world, before.zero, before.precision) != (s.me.world, s.settings.engine.zero, s.engine.precision):
+            s.journal.say(
+                f"converted: saved by {before.world} ranks with ZeRO-{before.zero} in {before.precision}; every group "
+                "keeps its rate, and the order of samples is the same"
+            )
+        s.journal.say(f"goes on at step {step} of {s.total}")
+    elif s.attempt:
+        s.journal.say("no checkpoint yet: begins at step 0")
+    # What the run folder says is what runs; not before it is known that it can.
+    if s.me.first and config.load(s.run.config) != s.given:
+        s.journal.publish(s.run.config, config.to_yaml(s.given))
     s.journal.start_wandb(s.settings.tracking, {"settings": config.to_plain(s.settings)} | about)
+
+
+def _refuse(changed: list[changes.Change], what: str) -> None:
+    """Raises ValueError if one of the changes is none that a run can go on with."""
+    refused = [change for change in changed if change.effect is changes.Effect.REFUSED]
+    if refused:
+        lines = "\n  ".join(f"{c.name}: {c.before} -> {c.after}" for c in refused)
+        raise SettingsError(
+            f"{what} cannot go on with other settings of these; use what it began with, or another --name (with "
+            f"--warm-start for its weights)\n  {lines}"
+        )
 
 
 def _finish(run: RunDir, summary: dict[str, Any]) -> None:
     """Write the report and tell where everything lies; a failed report takes nothing from the run."""
-    from vitdist import console, report
+    from vitdist import report
 
     try:
         report.write(run)
@@ -645,6 +914,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", help="name of the run folder; an existing one with the same settings is continued")
     parser.add_argument("--runs", default="runs", help="where run folders lie (default: runs)")
     parser.add_argument(
+        "--warm-start",
+        metavar="RUN",
+        help="begin with the weights of another run, or of one of its checkpoints (model.warm_start)",
+    )
+    parser.add_argument(
         "--attempt", type=int, help="number of this start of a run folder; its ranks write to their own log files"
     )
     args = parser.parse_intermixed_args(argv)  # options may stand between overrides
@@ -657,8 +931,11 @@ def main(argv: list[str] | None = None) -> int:
             from vitdist.tracking import to_file
 
             to_file(run.attempt(args.attempt).rank_log(node, rank))
-        if run and rundir.state(run)["state"] == "done":
-            print(f"{run.path} is finished; its report is {run.report}")
+        if run and _finished(run, settings):
+            if rank == 0 and not run.report.exists():  # it was killed while it wrote it
+                _finish(run, rundir.state(run)["summary"])
+            elif rank == 0:
+                print(f"{run.path} is finished; its report is {run.report}")
             return rundir.EXIT_DONE
         return train(lambda: run or _new_run(args, settings, made), settings, args.attempt, stopping)
     except (ValueError, TrainingFailed) as error:
@@ -674,24 +951,31 @@ def main(argv: list[str] | None = None) -> int:
 def _open(args: argparse.Namespace) -> tuple[Config, RunDir | None]:
     """The settings, and the run folder if there is one already."""
     target = Path(args.target)
+    overrides = args.overrides + ([f"model.warm_start={args.warm_start}"] if args.warm_start else [])
     if target.is_dir():
-        if args.overrides or args.name:
-            raise SettingsError(f"{target} is a run folder: its settings are fixed; give a .yaml to change any")
+        if args.name:
+            raise SettingsError(f"{target} is a run folder and has a name; give a .yaml for another run")
         run = RunDir(target.resolve())
         if not run.config.exists():
             raise SettingsError(f"{target} is no run folder (it has no config.yaml); give one, or a configuration")
-        return config.load(run.config), run
-    settings = config.with_absolute_paths(config.load(target, args.overrides))
-    rundir.check_name(args.name or target.stem)
-    if not args.name:
+    else:
+        rundir.check_name(args.name or target.stem)
+        run = RunDir(Path(args.runs).resolve() / (args.name or ""))
+    settings = config.with_absolute_paths(config.load(run.config if target.is_dir() else target, overrides))
+    if not (target.is_dir() or args.name) or not run.config.exists():
         return settings, None
-    run = RunDir(Path(args.runs).resolve() / args.name)
-    if not run.config.exists():
-        return settings, None
-    changed = config.difference(config.load(run.config), settings)
-    if changed:
-        raise SettingsError(f"{run.path} exists with other settings; choose another --name\n  " + "\n  ".join(changed))
+    changed = changes.between(config.to_plain(config.load(run.config)), config.to_plain(settings))
+    _refuse(changed, str(run.path))
     return settings, run
+
+
+def _finished(run: RunDir, settings: Config) -> bool:
+    """Whether there is nothing left to do: a run that is made longer goes on."""
+    longer = any(
+        change.name in ("train.steps", "train.epochs")
+        for change in changes.between(config.to_plain(config.load(run.config)), config.to_plain(settings))
+    )
+    return rundir.state(run)["state"] == "done" and not longer
 
 
 def _new_run(args: argparse.Namespace, settings: Config, made: list[RunDir]) -> RunDir:
@@ -707,4 +991,5 @@ def _new_run(args: argparse.Namespace, settings: Config, made: list[RunDir]) -> 
 
 
 if __name__ == "__main__":
+    console.spare_output()
     sys.exit(main())

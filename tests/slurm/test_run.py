@@ -85,7 +85,9 @@ def test_four_nodes_train_to_the_end(environment: dict[str, str], tmp_path: Path
     assert run.report.exists()
 
 
-def test_S1_S2_a_warned_run_is_requeued_and_ends_the_same(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
+def test_S1_S2_a_warned_run_is_requeued_and_ends_the_same(
+    environment: dict[str, str], tmp_path: Path, recipe: Path
+) -> None:
     """USR2, as SLURM sends it before the limit and at a preemption: save, requeue, go on, the same weights."""
     length = ["train.steps=300", "checkpoint.every_steps=100", "evaluation.every_epochs=100"]
     common = ["--nodes", "2", "--config", str(recipe), *length]

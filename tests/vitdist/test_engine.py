@@ -58,6 +58,18 @@ def test_fp16_overflow_is_skipped_and_not_counted() -> None:
         assert rates["00_embeddings"] == pytest.approx(expected * 0.5**3, rel=1e-12)
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_fp16_trains_the_same_at_every_stage(zero: int) -> None:
+    """DeepSpeed does not scale the loss without ZeRO, and unscales its gradients: see Engine.backward."""
+    how = {"engine.precision": "fp16", "engine.loss_scale_power": 8, "optim.name": "sgd", "optim.lr": 0.1}
+    expected = ranks.run(workers.fp16_norms, 1, how | {"engine.zero": 2}, 7)[0]
+    found = ranks.run(workers.fp16_norms, 1, how | {"engine.zero": zero}, 7)[0]
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], abs=1e-3)
+    assert [norm for _, norm in found] == pytest.approx([norm for _, norm in expected], rel=1e-2)
+    assert expected[-1][0] < expected[0][0] - 0.3
+    assert all(norm > 0.5 for _, norm in expected), "nothing is clipped"
+
+
 RESUMES = {
     (0, "fp16", 1, "sgd"),
     (1, "fp32", 1, "adamw"),
@@ -146,31 +158,8 @@ def test_gradients_that_are_not_finite_change_no_weight(zero: int, precision: st
         pytest.skip("refused")
     changes = {"engine.zero": zero, "engine.precision": precision, "engine.autocast": str(autocast).lower()}
     seen = ranks.run(workers.ended_by, 1, changes, math.inf)[0]
-    plain = zero == 0 and (precision == "fp32" or autocast)
-    assert seen["fate"] == ("the gradients are not finite" if plain else "skipped")
+    assert seen["fate"] == "skipped"
     assert seen["untouched"]
-
-
-def test_a_checkpoint_of_other_groups_is_refused(tmp_path: Path) -> None:
-    ranks.run(workers.rates_after_resume, 1, {}, str(tmp_path))
-    refusal = ranks.run(workers.resume_with, 1, {"optim.name": "lion"}, str(tmp_path))[0]
-    assert "optimizer was 'adamw', now 'lion'" in refusal
-    assert "groups was" in ranks.run(workers.resume_with, 1, {"optim.layer_decay": 0.9}, str(tmp_path))[0]
-    assert "world was 1, now 2" in ranks.run(workers.resume_with, 2, {}, str(tmp_path))[0]
-
-
-def test_a_torn_checkpoint_is_passed_over_and_never_silently(tmp_path: Path) -> None:
-    ranks.run(workers.rates_after_resume, 1, {}, str(tmp_path))
-    victim = next((tmp_path / "checkpoints" / "step-00000005" / "state").glob("*optim*"))
-    whole = victim.read_bytes()
-    victim.write_bytes(whole[:-7])
-    assert "bytes instead of" in ranks.run(workers.resume_with, 1, {}, str(tmp_path))[0]
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    victim.write_bytes(flipped)
-    assert "other content" in ranks.run(workers.resume_with, 1, {}, str(tmp_path))[0]
-    victim.write_bytes(whole)
-    assert "resumed at 5" in ranks.run(workers.resume_with, 1, {}, str(tmp_path))[0]
 
 
 def test_one_asked_rank_stops_all() -> None:

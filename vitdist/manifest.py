@@ -1,0 +1,300 @@
+"""What is in a checkpoint, and whether it is whole: listing, verifying and pruning need no torch.
+
+checkpoints/latest                        name of the newest one, for people and scripts; a resume looks for itself
+            writer.json                   who may publish: the newest attempt
+            step-00000120/manifest.json   what is in it; the folder was renamed into place when all was written
+                          rank-R.safetensors
+
+for entry in manifest.entries(run): print(entry.step, entry.fault)
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from vitdist import rundir
+from vitdist.config import Section
+from vitdist.rundir import RunDir
+
+FORMAT = 2
+_NAME = "manifest.json"
+_STEP = re.compile(r"step-(\d{8,12})")
+TEMPORARY = ".tmp-"
+_LEFT_OVER = (f"{TEMPORARY}*", ".latest.*", ".writer.json.*")
+_CHUNK = 8 << 20
+
+
+class Damaged(ValueError):
+    """The checkpoint cannot be used; the text says why."""
+
+
+class File(Section):
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class Group(Section):
+    """A parameter group: who belongs to it, and its part of the learning rate."""
+
+    name: str
+    lr_scale: float
+    weight_decay: float
+    parameters: dict[str, list[int]]
+    """Shape of each parameter by its name, in order."""
+
+
+class Identity(Section):
+    """What must be the same for a checkpoint to be continued."""
+
+    optimizer: str
+    global_batch: int
+    model: str
+    """Digest of the model's configuration."""
+    classes: list[str]
+    data: str
+    """Digest of the training shards with their shares."""
+    groups: list[Group]
+    rest: dict[str, list[int]]
+    """Shape of each frozen parameter and buffer by its name."""
+
+    def first_difference(self, saved: "Identity") -> str | None:
+        """What is other now than it was when `saved` was written, or None."""
+        for name, what in (
+            ("optimizer", "optimizer"),
+            ("global_batch", "global batch"),
+            ("classes", "list of classes"),
+            ("data", "digest of the training data (data.train with its shares)"),
+        ):
+            was, now = getattr(saved, name), getattr(self, name)
+            if was != now and name == "classes":
+                return f"the classes were {_few(was)}, now {_few(now)}"
+            if was != now:
+                short = 12 if name == "data" else None
+                return f"the {what} was {str(was)[:short]}, now {str(now)[:short]}"
+        if different := _first_of_groups(saved.groups, self.groups):
+            return different
+        if different := _first_of_shapes(saved.rest, self.rest):
+            return different
+        return (
+            None if self.model == saved.model else "the model's configuration (heads, activation, pooling) was another"
+        )
+
+
+class Counters(Section):
+    """The numbers of the state of training."""
+
+    steps: Annotated[int, Field(ge=0)]
+    skipped: Annotated[int, Field(ge=0)]
+    optimizer: dict[str, float]
+    """What the optimizer counts, as Adam its updates."""
+    loss_scaler: dict[str, int | float]
+
+
+class Manifest(Section):
+    """The record in a checkpoint's folder."""
+
+    schema_: Annotated[int, Field(alias="schema")]
+    format: int
+    step: Annotated[int, Field(ge=0)]
+    attempt: int
+    saved: str
+    """UTC."""
+    world: Annotated[int, Field(ge=1)]
+    zero: int
+    precision: str
+    average: bool
+    """Whether an average of the weights (optim.ema) is in it."""
+    counters: Counters
+    position: dict[str, float]
+    """epoch and samples: the place in the data."""
+    identity: Identity
+    settings: dict[str, Any]
+    """Every setting that the run had, resolved."""
+    settings_digest: str
+    wandb: str | None
+    """Id of the W&B run."""
+    versions: dict[str, str | None]
+    files: dict[str, File]
+
+
+class Entry(NamedTuple):
+    """A folder of a checkpoint, whole or not."""
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    fault: str | None
+    """Why it cannot be used."""
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of SHA-256 of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps(run: RunDir) -> list[int]:
+    """Steps of the checkpoints that were published, newest first."""
+    if not run.checkpoints.is_dir():
+        return []
+    found = (_STEP.fullmatch(path.name) for path in run.checkpoints.iterdir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises Damaged."""
+    if not folder.is_dir():
+        raise Damaged("it is not there")
+    try:
+        record = rundir.read_json(folder / _NAME)
+    except (ValueError, OSError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{_NAME} cannot be read ({str(error).splitlines()[0]})") from None
+    if record is None:
+        raise Damaged(f"{_NAME} is missing")
+    if record.get("format") != FORMAT:
+        raise Damaged(f"{_NAME} is of another version of vitdist (format {record.get('format', 1)}, not {FORMAT})")
+    try:
+        manifest = Manifest.model_validate(record, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Damaged(f"{_NAME} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
+    # A name out of the folder would make a stranger's manifest read any file.
+    wanted = {file_of(rank) for rank in range(manifest.world)}
+    if set(manifest.files) != wanted:
+        odd = sorted(set(manifest.files) ^ wanted)[0]
+        raise Damaged(f"{_NAME} is damaged (files: {odd!r} is not among those of {manifest.world} ranks, or missing)")
+    if name_of(manifest.step) != folder.name or manifest.counters.steps != manifest.step:
+        raise Damaged(f"{_NAME} is of step {manifest.step}")
+    return manifest
+
+
+def file_of(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+def fault(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
+    """What is wrong with the files `names`, or None: each has the size and SHA-256 of the manifest."""
+    for name in names:
+        path, told = folder / name, manifest.files[name]
+        try:
+            size = path.stat().st_size
+            if size != told.bytes:
+                return f"{name} has {size:,} bytes instead of {told.bytes:,}"
+            if sha256(path) != told.sha256:
+                return f"{name} has other content than was saved"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def verify(folder: Path) -> str | None:
+    """Why the checkpoint cannot be used, or None if it is whole; reads all of it."""
+    try:
+        manifest = read(folder)
+    except Damaged as error:
+        return str(error)
+    return fault(folder, manifest, manifest.files)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entries(run: RunDir, thorough: bool) -> list[Entry]:
+    """Every checkpoint, newest first; only a `thorough` look reads the files and not just their sizes."""
+    found = []
+    for step in steps(run):
+        folder = run.checkpoints / name_of(step)
+        try:
+            manifest = read(folder)
+        except Damaged as error:
+            found.append(Entry(folder, step, None, str(error)))
+            continue
+        if thorough:
+            reason = fault(folder, manifest, manifest.files)
+        else:
+            reason = next(filter(None, (_size_fault(folder / n, file) for n, file in manifest.files.items())), None)
+        found.append(Entry(folder, step, manifest, reason))
+    return found
+
+
+def left_over(run: RunDir) -> list[Path]:
+    """What a killed writer left behind; only for who holds the lock of the run, since one that lives looks the same."""
+    return sorted(path for pattern in _LEFT_OVER for path in run.checkpoints.glob(pattern))
+
+
+def clean(run: RunDir) -> None:
+    """Remove what killed writers left behind. For who holds the lock of the run."""
+    for path in left_over(run):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint away: out of its name first, so that a kill leaves no half of one."""
+    aside = folder.with_name(f"{TEMPORARY}old-{folder.name}-{os.urandom(4).hex()}")
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
+
+
+def superfluous(whole: list[int], damaged: list[int], keep: int, best: int | None) -> list[int]:
+    """Steps to remove: all but the newest `keep` whole ones and the best; damaged ones older than the newest whole.
+
+    Pure. A damaged one never counts among those kept.
+    """
+    newest = max(whole, default=-1)
+    old = [step for step in sorted(whole, reverse=True)[keep:] if step != best]
+    return sorted(old + [step for step in damaged if step < newest])
+
+
+def _size_fault(path: Path, told: File) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name}: {error.strerror}"
+    return None if size == told.bytes else f"{path.name} has {size:,} bytes instead of {told.bytes:,}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _first_of_groups(was: list[Group], now: list[Group]) -> str | None:
+    shapes_were = {name: shape for group in was for name, shape in group.parameters.items()}
+    shapes_are = {name: shape for group in now for name, shape in group.parameters.items()}
+    if different := _first_of_shapes(shapes_were, shapes_are):
+        return different
+    group_was = {name: group.name for group in was for name in group.parameters}
+    group_is = {name: group.name for group in now for name in group.parameters}
+    for name, old in group_was.items():
+        if group_is[name] != old:
+            return f"{name} was in the parameter group {old}, now in {group_is[name]}"
+    by_name = {group.name: group for group in now}
+    for before in was:
+        for what in ("lr_scale", "weight_decay"):
+            old_value, new = getattr(before, what), getattr(by_name[before.name], what)
+            if old_value != new:
+                return f"{what} of the parameter group {before.name} was {old_value:g}, now {new:g}"
+    return None
+
+
+def _first_of_shapes(was: dict[str, list[int]], now: dict[str, list[int]]) -> str | None:
+    for name, shape in was.items():
+        if name not in now:
+            return f"{name} was a trained parameter, and is none now"
+        if now[name] != shape:
+            return f"{name} had the shape {shape}, now {now[name]}"
+    new = [name for name in now if name not in was]
+    return f"{new[0]} is new" if new else None
