@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -331,7 +332,7 @@ def _run_folder(plan: Plan, run: RunDir, attempt: int, given: list[str]) -> Iter
         profile = {"profile": config.to_plain(plan.cluster)} if plan.cluster else {}
         rundir.publish(run.cluster, yaml.safe_dump(place | profile, sort_keys=False, allow_unicode=True))
         rundir.publish(run.submit, script(plan, run, attempt))
-        run.submitit.mkdir(mode=0o700, exist_ok=True)
+        _private(run.submitit)
         if new:
             rundir.publish(run.config, config.to_yaml(plan.settings))
         yield
@@ -347,6 +348,16 @@ def _run_folder(plan: Plan, run: RunDir, attempt: int, given: list[str]) -> Iter
                 if not left.is_symlink():
                     left.unlink(missing_ok=True)
         raise
+
+
+def _private(folder: Path) -> None:
+    """Make a folder that nobody else can write to: a pickle is code. Raises SettingsError for another user's."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid():
+        whose = "is a link" if stat.S_ISLNK(found.st_mode) else "is another user's"
+        raise SettingsError(f"{folder} {whose}: what lies there would be run as you; take it away")
+    folder.chmod(0o700)
 
 
 def _freeze_code(run: RunDir, attempt: int, argv: list[str]) -> None:

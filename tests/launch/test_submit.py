@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,13 @@ REFUSED = {
     "bad time": (["--time", "soon"], r"error: time 'soon': write minutes"),
     "bad name": (["--name", "../x"], r"error: run name '../x': use 1 to 100 letters"),
     "odd folder": (["--runs", "a%j"], r"error: --runs 'a%j': SLURM cannot write logs"),
+    "a slip of the finger": (
+        ["--nodes", "40000", "--cluster", "local"],
+        r"error: --nodes 40000: at most 256 simulated",
+    ),
+    "no such user": (["--config", "~nobodyhere/x.yaml"], r"error: ~nobodyhere/x.yaml: no such file"),
+    "signs that do not print": (["--runs", "a\x1b[31m"], r"error: --runs 'a\\x1b\[31m': SLURM cannot write logs"),
+    "a time without end": (["--time", "9" * 5000], r"error: time '9{40}...': write minutes"),
     "unknown option": (["--gpus", "2"], r"error: unrecognized arguments: --gpus"),
 }
 
@@ -247,6 +255,8 @@ def break_shards(place: Path, how: str) -> None:
         (train / "index.json").write_text('{"samples": 0, "classes": []}')
     elif how == "classes":
         (val / "index.json").write_text(json.dumps({"samples": 9, "classes": ["cat", "bird"]}))
+    elif how == "order":
+        (val / "index.json").write_text(json.dumps({"samples": 9, "classes": ["dog", "cat"]}))
     elif how == "cut":
         shard = {"name": "000.tar", "bytes": 5}
         (train / "index.json").write_text(json.dumps({"samples": 9, "classes": ["cat", "dog"], "shards": [shard]}))
@@ -316,6 +326,7 @@ def test_a_local_checkpoint_is_looked_at(place: Path, capsys: pytest.CaptureFixt
             "classes",
             r"data.train and data.val differ in the classes bird, dog: pack both with one `vitdist pack FOLDER OUT`",
         ),
+        ("order", r"data.train and data.val have their classes in different orders: pack both with one `vitdist pack"),
         ("cut", r"000\.tar is not as long as indexed: bring it back, or save what is whole: vitdist verify"),
         ("single", r"a single class, 'cat': there is nothing to tell apart"),
     ],
@@ -373,6 +384,17 @@ def test_L4_runs_that_is_a_file_is_refused(place: Path, capsys: pytest.CaptureFi
     assert "tiny.yaml is a file; choose another folder" in err
 
 
+def test_L4_a_folder_without_the_right_to_write_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch_submit.preflight.os, "access", lambda *_: False)  # root may write everywhere
+    before = tree(place)
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
+    assert code == 2
+    assert f"error: --runs {place}/runs: you may not write in {place}; choose another folder with --runs" in err
+    assert tree(place) == before
+
+
 # ---- the run folder --------------------------------------------------------------------------------
 
 
@@ -405,6 +427,42 @@ def test_X1_X3_what_a_submission_leaves(
     assert os.environ["SLURM_CPU_BIND"] == "secret-or-stale"
     for path in run.path.rglob("*"):
         assert path.is_dir() or b"secret-or-stale" not in path.read_bytes(), path
+
+
+def test_X3_pickles_lie_where_nobody_else_can_write(
+    slurm: Put, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pickle is code that the job runs: a folder that was opened to others is closed, another user's is refused."""
+    arguments = ("--config", "tiny.yaml", "--name", "x")
+    assert in_process(capsys, *arguments)[0] == 0
+    slurm("squeue", "true")
+    run = RunDir(place / "runs" / "x")
+    run.submitit.chmod(0o777)
+    assert in_process(capsys, *arguments)[0] == 0
+    assert run.submitit.stat().st_mode & 0o777 == 0o700
+    me = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: me + 1)
+        code, _, err = in_process(capsys, *arguments)
+    assert code == 2
+    assert f"error: {run.submitit} is another user's: what lies there would be run as you" in err
+    run.submitit.rename(place / "elsewhere")
+    run.submitit.symlink_to(place / "elsewhere")
+    code, _, err = in_process(capsys, *arguments)
+    assert code == 2
+    assert "is a link" in err
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
+def test_X5_records_are_in_utc_whatever_the_zone(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        assert abs(datetime.fromisoformat(rundir.now()).timestamp() - time.time()) < 5
+        assert rundir.now().endswith("+00:00")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_L3_a_job_that_is_queued_is_not_submitted_twice(

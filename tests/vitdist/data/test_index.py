@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import pickle
 import subprocess
 import tarfile
 import zlib
@@ -13,7 +15,9 @@ import pytest
 from PIL import Image
 
 from vitdist.data import tar as tars
+from vitdist.data import verify
 from vitdist.data.index import Index, _scan_once, build, join, scan
+from vitdist.data.reshard import reshard
 
 
 def picture(seed: int) -> bytes:
@@ -137,6 +141,49 @@ def test_D4_D5_what_is_no_sample_is_refused(tmp_path: Path, members: list[tuple[
     with pytest.raises(ValueError, match=message):
         build(tmp_path)
     assert not (tmp_path / "index.json").exists()
+
+
+class Evil:
+    """A pickle that touches a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_D8_members_of_a_stranger_execute_nothing_and_are_written_nowhere(tmp_path: Path) -> None:
+    """Pickles, names that lead out of a folder, links: a tar is read, never unpacked."""
+    folder, ran = tmp_path / "a" / "set", tmp_path / "ran"
+    folder.mkdir(parents=True)
+    evil = pickle.dumps(Evil(ran))
+    members = [
+        *(("x.cls", b"0"), ("x.png", picture(0)), ("x.pkl", evil), ("x.pyd", evil), ("x.pth", evil), ("x.npy", evil)),
+        *(("../../out.cls", b"1"), ("../../out.png", picture(1))),
+        *((f"{tmp_path}/absolute.cls", b"0"), (f"{tmp_path}/absolute.png", picture(2))),
+    ]
+    write_tar(folder / "s.tar", members)
+    with tarfile.open(folder / "s.tar", "a") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    build(folder)
+    index = Index.open(folder)
+    assert [index.image(i) for i in range(len(index))] == [picture(0), picture(1), picture(2)]
+    assert [index.labels[i] for i in range(len(index))] == [0, 1, 0]
+    result = verify.verify(folder, workers=1, progress=False)
+    assert len(result.broken) == 0
+    reshard([str(folder)], str(tmp_path / "again"), workers=1)
+    assert len(Index.open(tmp_path / "again")) == 3
+    assert not ran.exists()
+    made = {path for path in tmp_path.rglob("*") if path not in before and not path.is_relative_to(tmp_path / "again")}
+    assert {path.relative_to(folder).parts[0] for path in made} == {
+        ".index",
+        "index.arrow",
+        "index.json",
+    }
 
 
 def test_D6_D9_the_digest_is_of_the_content(tmp_path: Path) -> None:

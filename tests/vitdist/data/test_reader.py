@@ -1,8 +1,12 @@
 """From shard bytes to pixels. python -m pytest tests/vitdist/data/test_reader.py"""
 
 import dataclasses
+import errno
 import io
 import os
+import struct
+import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from PIL import Image
 
 from vitdist.config import Data
 from vitdist.data import transforms
-from vitdist.data.index import Index
+from vitdist.data.index import Index, build
 from vitdist.data.pack import pack
 from vitdist.data.reader import Bad, DataFailed, Samples, through_webdataset
 from vitdist.data.storage import Storage
@@ -113,6 +117,30 @@ def test_D10_a_damaged_copy_is_read_again(shards: Index, monkeypatch: pytest.Mon
     assert read(Samples(shards, SETTINGS, 16, 0, training=True), [4]) == [shards.image(4)]
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_D10_what_a_disk_cannot_read_is_named_or_read_at_the_second_try(
+    shards: Index, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real, failing = os.pread, [True]
+
+    def preadv(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    def pread(handle: int, size: int, offset: int) -> bytes:
+        if failing[0]:
+            raise OSError(number, os.strerror(number))
+        return real(handle, size, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "pread", pread)
+    samples = Samples(shards, SETTINGS, 16, 0, training=True)
+    [bad] = [found for found in read(samples, [4]) if isinstance(found, Bad)]
+    assert (bad.id, bad.reason, bad.shard) == (4, "unreadable", shards.shards[0].name)
+    assert os.strerror(number) in bad.detail
+    failing[0] = False
+    assert read(samples, [4]) == [shards.image(4)]
+
+
 def test_pixels_depend_on_seed_epoch_and_sample_only(shards: Index) -> None:
     samples = Samples(shards, SETTINGS, 16, 3, training=True)
     wanted = [(0, 5), (1, 5), (0, 9), (0, 5)]
@@ -189,6 +217,31 @@ def test_D4_a_missing_shard_is_said_and_a_broken_set_ends(shards: Index) -> None
         os.truncate(Path(shards.folder, shard.name), 0)
     with pytest.raises(DataFailed, match="100 samples in a row are broken"):
         Samples(shards, SETTINGS, 16, 0, training=True).__getitems__([(0, 0)])
+
+
+def test_D3_a_picture_that_unpacks_to_gigabytes_is_bad(tmp_path: Path) -> None:
+    """30,000 x 30,000 pixels in 110 kB."""
+    folder = tmp_path / "pictures" / "c0"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(encoded(noise(number)))
+    row = zlib.compressobj(9)
+    rows = b"".join([*(row.compress(bytes(1 + 3750)) for _ in range(30_000)), row.flush()])
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in (("a.cls", b"0"), ("a.png", bomb), ("b.cls", b"0"), ("b.png", encoded(noise(1)))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    build(tmp_path)
+    batch = Samples(Index.open(tmp_path), SETTINGS, 16, 0, training=True).__getitems__([(0, 0)])
+    assert [(bad.key, bad.reason) for bad in batch.bad] == [("a", "undecodable")]
+    assert "decompression bomb" in batch.bad[0].detail
+    assert batch.ids.tolist() == [1]
 
 
 def test_D3_an_undecodable_picture_is_bad(tmp_path: Path) -> None:
