@@ -169,8 +169,10 @@ def conclude(run: RunDir, job: Job, since: int) -> int:
         console.final_table(run, record.get("summary") or {})
         return rundir.EXIT_DONE
     if state == "stopped":
+        step, start = record["step"], record.get("goes_on_from", record["step"])
+        saved = "checkpoint saved" if start == step else f"no checkpoint of it but of step {start}"
         print(
-            f"stopped at step {record['step']} of {record['total_steps']}, checkpoint saved; the same command with "
+            f"stopped at step {step} of {record['total_steps']}, {saved}; the same command with "
             f"--name {run.name} goes on from there"
         )
         return rundir.EXIT_STOPPED

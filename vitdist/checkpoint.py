@@ -327,7 +327,7 @@ class Writer:
 
     def _prune(self, best: int | None) -> None:
         """What is not needed any more; that it cannot be removed harms nothing."""
-        entries = manifest.entries(self._run, thorough=False)
+        entries = list(manifest.entries(self._run, thorough=False))
         whole = [entry.step for entry in entries if entry.fault is None]
         damaged = [entry.step for entry in entries if entry.fault]
         for step in manifest.superfluous(whole, damaged, self._settings.keep, best):

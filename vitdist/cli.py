@@ -5,6 +5,7 @@ vitdist index shards/train                        # index tars that others made
 vitdist stats shards                              # classes, copies, patients in both splits: a page
 vitdist verify shards                             # are they what they were?
 vitdist plan configs/skin.yaml                    # layers, learning rates, what is frozen
+vitdist checkpoints runs/NAME --verify            # what there is to go on from, and whether it is whole
 vitdist report runs/NAME                          # the run as a page
 vitdist evaluate runs/NAME --data shards/test     # its model on other shards
 vitdist predict runs/NAME photos --csv table.csv  # its model on pictures
@@ -259,6 +260,20 @@ def _with_settings(commands: Commands, name: str, words: str) -> argparse.Argume
 
 
 def _follow_a_run(commands: Commands) -> None:
+    checkpoints = commands.add_parser("checkpoints", help="list, verify and prune the checkpoints of a run")
+    checkpoints.add_argument("folder", metavar="RUN")
+    checkpoints.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")
+    checkpoints.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove all but the newest --keep whole ones and the best, damaged ones that are older than a whole one, "
+        "and what killed writers left",
+    )
+    checkpoints.add_argument(
+        "--keep", type=_positive, metavar="N", help="with --prune (default: checkpoint.keep of the run)"
+    )
+    checkpoints.set_defaults(run=_checkpoints)
+
     report = commands.add_parser("report", help="write RUN/report.html from the run folder")
     report.add_argument("folder", nargs="+", metavar="RUN")
     report.set_defaults(run=_report)
@@ -467,6 +482,44 @@ def _runs(folders: list[str]) -> list[RunDir]:
         if not run.config.exists():
             raise ValueError(f"{run.path} is no run folder (it has no config.yaml); run folders lie under runs/")
     return runs
+
+
+def _checkpoints(args: argparse.Namespace) -> int:
+    """A line for each checkpoint; returns 1 if one is damaged and stays."""
+    from vitdist import config, manifest, selection
+
+    (run,) = _runs([args.folder])
+    if args.keep and not args.prune:
+        raise ValueError("--keep: only with --prune")
+    settings = config.load(run.config)
+    found = selection.best(selection.history(run, settings.evaluation.best), settings.evaluation.best)
+    best = found[0] if found else None
+    entries = []
+    for entry in manifest.entries(run, thorough=args.verify or args.prune):
+        entries.append(entry)
+        print(manifest.line(entry, entry.step == best, args.verify or args.prune))
+    if not entries:
+        print(f"{run.path}: no checkpoint yet")
+    gone: list[int] = []
+    if args.prune:
+        whole = [entry.step for entry in entries if entry.fault is None]
+        damaged = [entry.step for entry in entries if entry.fault]
+        gone = manifest.superfluous(whole, damaged, args.keep or settings.checkpoint.keep, best)
+        _prune(run, gone)
+    return int(any(entry.fault and entry.step not in gone for entry in entries))
+
+
+def _prune(run: RunDir, steps: list[int]) -> None:
+    from vitdist import manifest
+
+    try:
+        with rundir.only_writer(run):
+            manifest.clean(run)
+            for step in steps:
+                manifest.remove(run.checkpoints / manifest.name_of(step))
+                print(f"removed {manifest.name_of(step)}")
+    except BlockingIOError:
+        raise ValueError(f"{run.path} is being trained: it prunes by itself; stop it first to prune by hand") from None
 
 
 def _report(args: argparse.Namespace) -> None:

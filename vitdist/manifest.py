@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -213,22 +213,33 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def entries(run: RunDir, thorough: bool) -> list[Entry]:
+def entries(run: RunDir, thorough: bool) -> Iterator[Entry]:
     """Every checkpoint, newest first; only a `thorough` look reads the files and not just their sizes."""
-    found = []
     for step in steps(run):
         folder = run.checkpoints / name_of(step)
         try:
             manifest = read(folder)
         except Damaged as error:
-            found.append(Entry(folder, step, None, str(error)))
+            yield Entry(folder, step, None, str(error))
             continue
         if thorough:
             reason = fault(folder, manifest, manifest.files)
         else:
             reason = next(filter(None, (_size_fault(folder / n, file) for n, file in manifest.files.items())), None)
-        found.append(Entry(folder, step, manifest, reason))
-    return found
+        yield Entry(folder, step, manifest, reason)
+
+
+def line(entry: Entry, best: bool, verified: bool) -> str:
+    """What a person wants to know of a checkpoint."""
+    if entry.manifest is None:
+        return f"{entry.path.name}  DAMAGED: {entry.fault}"
+    saved, size = entry.manifest, sum(file.bytes for file in entry.manifest.files.values())
+    state = f"DAMAGED: {entry.fault}" if entry.fault else "whole" if verified else "sizes right"
+    return (
+        f"{entry.path.name}  {saved.saved[:19].replace('T', ' ')}  attempt {saved.attempt}  "
+        f"{saved.world} rank{'s' if saved.world > 1 else ''} ZeRO-{saved.zero} {saved.precision}  "
+        f"{size / 1e6:,.1f} MB  epoch {saved.position.get('epoch', 0.0):.2f}  {state}{'  best' if best else ''}"
+    )
 
 
 def left_over(run: RunDir) -> list[Path]:

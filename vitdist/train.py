@@ -252,7 +252,7 @@ def _stop(s: Session, reason: str) -> None:
     if failed:
         saved = f"no checkpoint of it: it will go on from {'the beginning' if newest is None else f'step {newest}'}"
     s.journal.stopping()
-    s.journal.record(state="stopped", reason=reason, ended=rundir.now())
+    s.journal.record(state="stopped", reason=reason, step=step, goes_on_from=newest or 0, ended=rundir.now())
     s.journal.say(f"stopped by {reason} at step {step} of {s.total}, {saved}")
 
 
