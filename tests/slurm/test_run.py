@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,64 @@ def test_S1_S2_a_warned_run_is_requeued_and_ends_the_same(
     assert job.returncode == 0, f"{out}{error}{told(straight)}"
     expected, found = weights(straight), weights(warned)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+STAND_IN = "import sys; from launch import submit; sys.exit(submit.main(sys.argv[1:], launcher='standin'))"
+
+
+def submit_stand_in(
+    environment: dict[str, str], cwd: Path, recipe: Path, name: str, **orders: object
+) -> "subprocess.Popen[str]":
+    """Two nodes with trainers that only count: all but the training is real."""
+    env = environment | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/launch", "STANDIN": json.dumps(orders)}
+    arguments = ["--nodes", "2", "--config", str(recipe), "--name", name, "--follow"]
+    command = [sys.executable, "-c", STAND_IN, *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return rundir.read_json(path) or {}
+
+
+def slurm(environment: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True).stdout
+
+
+def test_L7_a_cancelled_run_saves_and_is_not_requeued(
+    environment: dict[str, str], tmp_path: Path, recipe: Path
+) -> None:
+    run = RunDir(tmp_path / "runs" / "cancelled")
+    job = submit_stand_in(environment, tmp_path, recipe, "cancelled", until_asked=True)
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 3 or job.poll() is not None, "no step was done", 60)
+    job_id = read(run.attempt(0).job)["job_id"]
+    slurm(environment, "scancel", job_id)
+    out, error = job.communicate(timeout=60)
+    assert job.returncode != 0, f"{out}{error}"
+    until(lambda: not slurm(environment, "squeue", "-h", "-j", job_id, "-t", "PD,R,CG"), "the job is gone", 60)
+    stopped = read(run.attempt(0).train)
+    assert (stopped["state"], stopped["reason"]) == ("stopped", "SIGTERM")
+    assert (run.checkpoints / "step").read_text() == str(stopped["step"])
+    assert [attempt.number for attempt in run.attempts()] == [0]
+    assert "the same command with --name cancelled goes on" in out + error, f"{out}{error}"
+
+
+def test_S3_signals_upon_signals_save_once_and_requeue_once(
+    environment: dict[str, str], tmp_path: Path, recipe: Path
+) -> None:
+    """USR2 three times and TERM, while the trainers save: one requeue, which goes on from what was saved."""
+    run = RunDir(tmp_path / "runs" / "twice")
+    job = submit_stand_in(environment, tmp_path, recipe, "twice", until_asked=True)
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 3 or job.poll() is not None, "no step was done", 60)
+    job_id = read(run.attempt(0).job)["job_id"]
+    for name in ("USR2", "USR2", "USR2", "TERM"):
+        slurm(environment, "scancel", "--signal", name, job_id)
+    until(lambda: read(run.attempt(1).train).get("step", 0) > 0 or job.poll() is not None, "it was not requeued", 60)
+    saved = read(run.attempt(0).train)["step"]
+    assert read(run.attempt(1).train)["resumed_from"] == saved
+    assert read(run.attempt(0).job)["state"] == "requeued"
+    slurm(environment, "scancel", job_id)
+    job.communicate(timeout=60)
+    assert [attempt.number for attempt in run.attempts()] == [0, 1]
 
 
 def test_L2_an_unknown_partition_is_refused_before_anything_is_made(
