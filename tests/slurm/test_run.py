@@ -162,7 +162,10 @@ def test_S3_signals_upon_signals_save_once_and_requeue_once(
     job_id = read(run.attempt(0).job)["job_id"]
     for name in ("USR2", "USR2", "USR2", "TERM"):
         slurm(environment, "scancel", "--signal", name, job_id)
-    until(lambda: read(run.attempt(1).train).get("step", 0) > 0 or job.poll() is not None, "it was not requeued", 60)
+    pending = ("squeue", "-h", "-j", job_id, "-t", "PD")
+    until(lambda: slurm(environment, *pending) or job.poll() is not None, "it was not requeued", 60)
+    slurm(environment, "scontrol", "update", f"JobId={job_id}", "StartTime=now")  # SLURM would wait for a while
+    until(lambda: read(run.attempt(1).train).get("step", 0) > 0 or job.poll() is not None, "it does not go on", 60)
     saved = read(run.attempt(0).train)["step"]
     assert read(run.attempt(1).train)["resumed_from"] == saved
     assert read(run.attempt(0).job)["state"] == "requeued"
