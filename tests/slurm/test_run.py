@@ -174,6 +174,26 @@ def test_S3_signals_upon_signals_save_once_and_requeue_once(
     assert [attempt.number for attempt in run.attempts()] == [0, 1]
 
 
+def test_S4_a_preempted_run_makes_room_and_goes_on(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "preempted")
+    job = submit_stand_in(environment, tmp_path, recipe, "preempted", until_asked=True)
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 3 or job.poll() is not None, "no step was done", 60)
+    job_id = read(run.attempt(0).job)["job_id"]
+    done = tmp_path / "urgent"
+    urgent = ("--partition=high", "--exclusive", "--nodes=4", "--output=/dev/null", f"--wrap=touch {done}")
+    slurm(environment, "sbatch", *urgent)
+    until(lambda: done.exists() or job.poll() is not None, "the run does not make room", 60)
+    stopped = read(run.attempt(0).train)
+    assert (stopped["state"], stopped["reason"]) == ("stopped", "SIGUSR2")
+    until(lambda: slurm(environment, "squeue", "-h", "-j", job_id, "-t", "PD"), "it was not requeued", 60)
+    slurm(environment, "scontrol", "update", f"JobId={job_id}", "StartTime=now")
+    until(lambda: read(run.attempt(1).train).get("step", 0) > 0 or job.poll() is not None, "it does not go on", 60)
+    assert read(run.attempt(1).train)["resumed_from"] == stopped["step"]
+    slurm(environment, "scancel", job_id)
+    job.communicate(timeout=60)
+    assert [attempt.number for attempt in run.attempts()] == [0, 1]
+
+
 def test_L2_an_unknown_partition_is_refused_before_anything_is_made(
     environment: dict[str, str], tmp_path: Path, recipe: Path
 ) -> None:
