@@ -1,0 +1,462 @@
+"""What ranks of interrupted runs do: the trainer's own main, which a signal meets at a chosen point.
+
+    codes = start(2, Attempt(arguments, folder, Strike("rename", "SIGKILL")))    # exit codes of all ranks
+
+Unlike ranks.run, a rank may die here, and the others are then ended as torchrun does it. The fork server loads this
+file, and with it what a run imports late: that saves each rank 6 s of CPU time.
+"""
+
+import contextlib
+import errno
+import json
+import multiprocessing.connection
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The first is what DeepSpeed imports at its first engine, and with it torch's compiler; then the first evaluation's.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import sklearn.metrics  # noqa: F401
+import torch
+import transformers.models.beit.modeling_beit
+import transformers.models.vit.image_processing_vit  # noqa: F401
+
+from tests import ranks, workers
+from vitdist import checkpoint, config, console, dist, evaluate, export, loss, metrics, report, rundir, stop  # noqa: F401
+from vitdist import train as trainer
+from vitdist.config import Checkpoint
+from vitdist.data import augment, loader, supply  # noqa: F401
+from vitdist.engine import Engine, Piece
+from vitdist.manifest import Group, Identity
+from vitdist.rundir import RunDir
+
+ranks._PRELOAD.append(__name__)
+"""Read when the server starts, which is at the first test that runs ranks: every file is imported before it."""
+
+PATIENCE_S = 60.0
+"""The longest wait for ranks whose peer is gone before they are killed; torchrun waits 30 s."""
+
+
+@dataclass(frozen=True)
+class Strike:
+    """A signal that a rank sends itself at a point of its run."""
+
+    point: str
+    """A name of POINTS."""
+    signal: str
+    ranks: str = "all"
+    """all, or the number of one. What only rank 0 does strikes rank 0 alone."""
+    after: int = 0
+    """The point is passed so many times before, in this attempt."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A start of the trainer."""
+
+    arguments: Sequence[str]
+    folder: Path
+    """Working directory; output.R and ids.R of rank R are added to there."""
+    strike: Strike | None = None
+    hook: Callable[[int], None] | None = None
+    """Called in each rank, with its number, before the trainer; a function of an importable file."""
+
+
+class _Signal:
+    """Sends the signal at the call that the strike means, and never again."""
+
+    def __init__(self, strike: Strike) -> None:
+        self._number, self._left = signal.Signals[strike.signal], strike.after
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if self._left == -1:
+            os.kill(os.getpid(), self._number)
+
+
+def _start(send: _Signal) -> None:
+    """Before the signals are taken over: each is a plain death."""
+    original = stop.install
+
+    def install() -> Any:
+        send()
+        return original()
+
+    stop.install = install
+
+
+def _import(send: _Signal) -> None:
+    """Before the first collective operation."""
+    original = dist.processes
+
+    def processes(*args: Any) -> Any:
+        send()
+        return original(*args)
+
+    dist.processes = processes
+
+
+def _rendezvous(send: _Signal) -> None:
+    """While ranks wait for each other; the rank that is struck comes late, or never."""
+    original = torch.distributed.init_process_group
+
+    def init_process_group(*args: Any, **more: Any) -> None:
+        send()
+        original(*args, **more)
+
+    torch.distributed.init_process_group = init_process_group
+
+
+def _accumulation(send: _Signal) -> None:
+    """In the middle of an update, after the first of two backward passes."""
+    original = Engine.step
+
+    def step(self: Engine) -> None:
+        before = self.steps
+        original(self)
+        if self.steps == before:
+            send()
+
+    Engine.step = step  # type: ignore[method-assign]
+
+
+def _evaluation(send: _Signal) -> None:
+    """In the middle of it, with the averages in the place of the weights."""
+    original = evaluate.evaluate
+
+    def struck(forward: Any, batches: Any, prepare: Any, *rest: Any) -> Any:
+        seen = []
+
+        def first(batch: Any) -> Any:
+            if not seen:
+                seen.append(batch)
+                send()
+            return prepare(batch)
+
+        return original(forward, batches, first, *rest)
+
+    evaluate.evaluate = struck
+
+
+def _write(send: _Signal) -> None:
+    """In the writer's thread, with half of the file written."""
+    original = checkpoint.write_file
+
+    def write_file(path: Path, header: bytes, body: memoryview) -> Any:
+        original(path, header, body[: len(body) // 2])
+        send()
+        return original(path, header, body)
+
+    checkpoint.write_file = write_file
+
+
+def _vote(send: _Signal) -> None:
+    """In the writer's thread: this rank knows that all have written, and nothing is published."""
+    original = dist.Processes.gather
+
+    def gather(self: dist.Processes, value: Any, group: Any = None) -> list[Any]:
+        votes = original(self, value, group)
+        if group is not None and group is self.background:
+            send()
+        return votes
+
+    dist.Processes.gather = gather  # type: ignore[method-assign]
+
+
+def _around_rename(send: _Signal, before: bool) -> None:
+    original = os.rename
+
+    def rename(source: Any, target: Any) -> None:
+        meant = Path(target).name.startswith("step-")
+        if meant and before:
+            send()
+        original(source, target)
+        if meant and not before:
+            send()
+
+    os.rename = rename  # type: ignore[assignment]
+
+
+def _pointer(send: _Signal) -> None:
+    original = rundir.publish
+
+    def publish(path: Path, content: str | bytes) -> None:
+        if path.name == "latest":
+            send()
+        original(path, content)
+
+    rundir.publish = publish
+
+
+def _before(module: Any, name: str) -> Callable[[_Signal], None]:
+    """The point at which `module.name` is called."""
+
+    def arm(send: _Signal) -> None:
+        original = getattr(module, name)
+
+        def struck(*args: Any, **more: Any) -> Any:
+            send()
+            return original(*args, **more)
+
+        setattr(module, name, struck)
+
+    return arm
+
+
+POINTS: dict[str, tuple[bool, Callable[[_Signal], None]]] = {
+    "start": (False, _start),
+    "import": (False, _import),
+    "rendezvous": (False, _rendezvous),
+    "resume": (False, _before(checkpoint, "resume")),
+    "step": (False, _before(trainer, "_update")),
+    "accumulation": (False, _accumulation),
+    "evaluation": (False, _evaluation),
+    "write": (False, _write),
+    "vote": (False, _vote),
+    "rename": (True, lambda send: _around_rename(send, before=True)),
+    "renamed": (True, lambda send: _around_rename(send, before=False)),
+    "pointer": (True, _pointer),
+    "export": (True, _before(export, "write")),
+    "exported": (True, _before(export, "_put")),
+    "report": (True, _before(report, "write")),
+    "reported": (True, _before(console, "final_table")),
+}
+"""name -> (whether only rank 0 passes it, what lays the strike there)"""
+
+
+def attempt(given: Attempt) -> int:
+    """The trainer's own main in this rank; its exit code, if it comes to an end."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.chdir(given.folder)
+    report.vega = lambda: ""  # 1.8 s of work for scripts that no test here reads
+    if any("fp16" in argument for argument in given.arguments):
+        workers.allow_fp16_on_cpu()
+    _note_samples(given.folder / f"ids.{rank}")
+    if given.hook:
+        given.hook(rank)
+    if strike := given.strike:
+        first_only, arm = POINTS[strike.point]
+        if rank == 0 if first_only else strike.ranks in ("all", str(rank)):
+            arm(_Signal(strike))
+    assert world >= 1
+    with (
+        open(given.folder / f"output.{rank}", "a", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        return trainer.main(list(given.arguments))
+
+
+def _note_samples(path: Path) -> None:
+    """Leave a line for each update in a file: its number and the rows of this rank's samples, in order."""
+    original = trainer._share_of_a_sample
+
+    def share(s: Any, micros: Any) -> float:
+        with open(path, "a") as file:
+            file.write(json.dumps([s.engine.steps, [row for micro in micros for row in micro.ids.tolist()]]) + "\n")
+        return original(s, micros)
+
+    trainer._share_of_a_sample = share
+
+
+def start(world: int, given: Attempt, patience_s: float = PATIENCE_S) -> list[int]:
+    """Start the ranks and wait for their end; each one's exit code, -9 for one that SIGKILL ended, 1 for an error.
+
+    After the first that did not end by itself the others get SIGTERM, as torchrun does it, and after `patience_s`
+    SIGKILL: a rank that waits in the rendezvous knows nothing of a peer's death.
+    """
+    context, port, pipes, processes = ranks._context, ranks.free_port(), [], []
+    for rank in range(world):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=ranks._child, args=(theirs, rank, world, port, attempt, (given,)))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    running, died = set(range(world)), False
+    codes = [0] * world
+    deadline = time.monotonic() + 240
+    while running:
+        left = deadline - time.monotonic()
+        ended = multiprocessing.connection.wait([pipes[rank] for rank in running], timeout=max(left, 0.0))
+        for rank in [rank for rank in running if pipes[rank] in ended]:
+            running.remove(rank)
+            try:
+                good, value = pipes[rank].recv()
+                codes[rank] = value if good else 1
+                if not good:
+                    with open(given.folder / f"output.{rank}", "a") as file:
+                        file.write(str(value))
+            except EOFError:
+                processes[rank].join(10)
+                codes[rank] = processes[rank].exitcode
+                if running and not died:
+                    died, deadline = True, time.monotonic() + patience_s
+                    for other in running:
+                        processes[other].terminate()
+        if not ended:
+            for rank in running:
+                processes[rank].kill()
+            assert died, f"ranks {running} do not end"
+            deadline = time.monotonic() + 10
+    for process in processes:
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return codes
+
+
+def options(steps: int, zero: int, precision: str) -> list[str]:
+    """Settings of the runs that are interrupted, which evaluate, save, mix and average."""
+    return [
+        f"train.steps={steps}", "train.global_batch=16", "train.accumulation=2", f"engine.zero={zero}",
+        f"engine.precision={precision}", "engine.loss_scale_power=17", "engine.loss_scale_hysteresis=1",
+        "optim.ema=0.9", "model.drop_path=0.3", "data.mixup=0.8",
+        "evaluation.every_steps=3", "evaluation.every_epochs=null", "checkpoint.every_steps=2",
+    ]  # fmt: skip
+
+
+# ---- saves without a run: a few tensors in the place of an engine -------------------------------------
+
+
+class Alone:
+    """The one process of a world of one, without torch's process groups."""
+
+    rank, world, first, device = 0, 1, True, torch.device("cpu")
+    control = background = None
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        return [value]
+
+    def from_first(self, value: Any, group: Any = None) -> Any:
+        return value
+
+
+class State:
+    """In the place of an engine: tensors whose values tell the step."""
+
+    def __init__(self, size: int = 1000, rank: int = 0, world: int = 1) -> None:
+        self.steps, self.replicated, self._offset = 0, False, rank * size
+        self._values = {name: torch.zeros(size) for name in ("master/a", "exp_avg/a", "average/a")}
+        self.shape = [size * world]
+
+    def pieces(self) -> dict[str, Piece]:
+        return {name: Piece(self._offset, values) for name, values in self._values.items()}
+
+    def counters(self) -> dict[str, Any]:
+        return {"steps": self.steps, "skipped": 0, "optimizer": {"step": float(self.steps)}, "loss_scaler": {}}
+
+    def restore(self, kinds: set[str], fill: Callable[[dict[str, Piece]], None], counters: dict[str, Any]) -> None:
+        assert kinds == {"exp_avg"}
+        fill(self.pieces())
+        self.steps = counters["steps"]
+
+    def update(self) -> None:
+        self.steps += 1
+        for values, wanted in zip(self._values.values(), self._wanted(), strict=True):
+            values.copy_(wanted)
+
+    def whole(self) -> bool:
+        """Whether every value is that of the step."""
+        return all(map(torch.equal, self._values.values(), self._wanted()))
+
+    def _wanted(self) -> list[torch.Tensor]:
+        size = len(self._values["master/a"])
+        return [torch.arange(size) + 1000.0 * self.steps + n + 7 * self._offset for n in range(len(self._values))]
+
+
+def identity_of(state: State) -> Identity:
+    group = Group(name="all", lr_scale=1.0, weight_decay=0.0, parameters={"a": state.shape})
+    return Identity(
+        optimizer="adamw", global_batch=1, model="model", classes=["x"], data="data", groups=[group], rest={}
+    )
+
+
+ABOUT = {
+    "zero": 2, "precision": "fp32", "average": True, "settings": {}, "settings_digest": "0", "versions": {},
+}  # fmt: skip
+
+
+def writer_of(run: RunDir, state: State, me: Any = None, attempt: int = 0, **settings: Any) -> checkpoint.Writer:
+    """A writer of `state`, as an attempt has it."""
+    return checkpoint.Writer(
+        run,
+        state,
+        me or Alone(),
+        identity_of(state),
+        Checkpoint(**settings),
+        attempt,
+        ABOUT,  # type: ignore[arg-type]
+    )
+
+
+def save_states(run: RunDir, count: int) -> tuple[State, checkpoint.Writer]:
+    """A run of `count` steps with a checkpoint of each, of which the newest two are kept."""
+    state = State()
+    written = writer_of(run, state)
+    for _ in range(count):
+        state.update()
+        written.save({})
+        written.wait()
+    return state, written
+
+
+def go_on(run: RunDir, size: int = 1000) -> tuple[State, list[str]]:
+    """A new start: the state that it goes on from and what was passed over. Nothing may be left over by then."""
+    state = State(size)
+    resumed, passed_over = checkpoint.resume(run, state, Alone(), identity_of(state))  # type: ignore[arg-type]
+    assert state.whole()
+    assert state.steps == (resumed.step if resumed else 0)
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert {name for name in names if not name.startswith("step-")} <= {"latest", "writer.json"}
+    return state, passed_over
+
+
+CALLS = ("write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "chmod")
+"""What a save asks of the system and what can fail there or be the last that a process does."""
+
+
+def fail_at(number: int, how: str) -> list[str]:
+    """From now on the call `number` of CALLS fails: with SIGKILL, with `half` of a write and then SIGKILL, or errno.
+
+    Returns the list of names of the calls so far, which grows.
+    """
+    seen: list[str] = []
+
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            seen.append(name)
+            if len(seen) - 1 != number:
+                return original(*args, **more)
+            if how == "half" and name == "write":
+                original(args[0], args[1][: len(args[1]) // 2])
+            if how in ("kill", "half"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)))
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, wrap(name, getattr(os, name)))
+    return seen
+
+
+def in_fork(work: Callable[[], None]) -> int:
+    """`work()` in a fork of this process; its exit status as `os.waitstatus_to_exitcode` tells it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
