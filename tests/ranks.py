@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 
-_PRELOAD = ["torch", "deepspeed", "transformers.models.vit.modeling_vit", "tests.workers"]
+# With what the end of a run needs: scores, the exported folder, the report.
+_PRELOAD = [
+    "torch",
+    "deepspeed",
+    "transformers.models.vit.modeling_vit",
+    "transformers.models.vit.image_processing_vit",
+    "sklearn.metrics",
+    "vitdist.report",
+    "vitdist.export",
+    "vitdist.train",
+    "tests.workers",
+]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 

@@ -458,8 +458,8 @@ def _load(folder: Path, found: Manifest, engine: "Engine", me: Processes, identi
     difference = identity.first_difference(found.identity)
     if difference:
         raise ValueError(
-            f"{folder.name} cannot be continued: {difference}. Use what the run began with, or start another run from "
-            f"its weights: --name OTHER --warm-start {folder}"
+            f"{folder.name} cannot be continued: {difference}. Use what the run began with, or start another run "
+            f"(--name) from its weights: model.warm_start={folder}"
         )
     source = _Pieces(folder, found)
     own = {"master", "average", "frozen", "buffer", "rng"}

@@ -10,8 +10,10 @@ DeepSpeed gets a ready torch optimizer and no scheduler: see optim.py.
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -126,6 +128,11 @@ class Engine:
         # DeepSpeed probes all its optional operators with a compiler (7 s) to find whether it can compile a
         # shared-memory all-reduce for CPUs (50 s more), which only its inference calls. None is needed here.
         deepspeed.ops.__compatible_ops__ = {}
+        # It asks whether the optimizer is its own Muon, and importing that loads all of torch's compiler (2 s a rank).
+        for module, name in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
+            stand_in = ModuleType(f"deepspeed.runtime.zero.muon.{module}")
+            setattr(stand_in, name, type(name, (), {}))  # which no optimizer is
+            sys.modules.setdefault(stand_in.__name__, stand_in)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=net, optimizer=optimizer, config=deepspeed_config(settings, batch, precision)
         )

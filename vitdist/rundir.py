@@ -273,7 +273,8 @@ def rows(run: RunDir) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue  # the line that a killed writer left half-written
         step, attempt = row["train/global_step"], row["attempt"]
-        first_of_attempt.setdefault(attempt, step)
+        if "val/loss" not in row:  # an evaluation that was owed is of the step that the attempt goes on from
+            first_of_attempt.setdefault(attempt, step)
         kept[step, "val/loss" in row] = row
     for (step, kind), row in list(kept.items()):
         if any(a > row["attempt"] and step >= first for a, first in first_of_attempt.items()):

@@ -174,7 +174,9 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
                     finally:
                         mark = watchdog.newest
         except BaseException as error:  # after the watchdog, which may know better why this rank fails
-            faults.note(here, faults.of(error, me.rank, mark.step, mark.phase))
+            # Refused are all ranks alike, and rank 0 takes the folder of a new run away again: nothing may follow.
+            if me.first or not isinstance(error, ValueError):
+                faults.note(here, faults.of(error, me.rank, mark.step, mark.phase))
             raise
         # The journal is closed, W&B with it, before the ranks part: torchrun kills the ranks that are
         # left 30 s after the first one has gone with a code other than 0.
@@ -270,8 +272,9 @@ def _assemble(
     from vitdist.data import augment
     from vitdist.engine import Engine  # asks at import which device `dist` chose
 
-    given, batch = settings, config.split_batch(settings.train, me.world)
-    augment.check(settings.data, batch.micro_batch)
+    given = settings
+    batch = _on_every_rank(me, lambda: config.split_batch(settings.train, me.world))
+    _on_every_rank(me, lambda: augment.check(settings.data, batch.micro_batch))
     training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch))
     losses = loss.Loss(settings.loss, training.class_counts, training.classes)
     if settings.evaluation.unsure:
@@ -881,7 +884,7 @@ def _refuse(changed: list[changes.Change], what: str) -> None:
         lines = "\n  ".join(f"{c.name}: {c.before} -> {c.after}" for c in refused)
         raise SettingsError(
             f"{what} cannot go on with other settings of these; use what it began with, or another --name (with "
-            f"--warm-start for its weights)\n  {lines}"
+            f"model.warm_start for its weights)\n  {lines}"
         )
 
 

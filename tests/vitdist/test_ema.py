@@ -81,7 +81,7 @@ def test_frozen_weights_are_saved_and_exported_as_they_are(
         name: value,
     }
     check(ranks.run(workers.average, 2, changes, str(tmp_path))[0], precision)
-    weights = ranks.run(workers.averages, 2, changes, str(tmp_path / "other"), True)[0]
+    weights = ranks.run(workers.across, 2, changes, str(tmp_path / "other"), 3, 0)[0]["average"]
     began, _ = model.build(workers.settings(**changes).model, workers.CLASSES, workers.settings().train.seed)
     rounded = torch.bfloat16 if precision == "bf16" else torch.float32
     for key, parameter in began.named_parameters():
@@ -89,23 +89,13 @@ def test_frozen_weights_are_saved_and_exported_as_they_are(
             assert np.array_equal(weights[key], parameter.detach().to(rounded).float().numpy()), key
 
 
-@pytest.mark.parametrize(
-    ("zero", "world", "other_zero", "other_world"),
-    ranks.matrix({(3, 2, 2, 1)}, (0, 1, 2, 3), (1, 2), (0, 1, 2, 3), (1, 2, 4)),
-)
-def test_averages_are_read_by_any_stage_and_number_of_ranks(
-    tmp_path: Path, zero: int, world: int, other_zero: int, other_world: int
-) -> None:
-    saved = ranks.run(workers.averages, world, {**EMA, "engine.zero": zero}, str(tmp_path), True)[0]
-    for read in ranks.run(workers.averages, other_world, {**EMA, "engine.zero": other_zero}, str(tmp_path), False):
-        assert all(np.array_equal(saved[name], read[name]) for name in saved)
-
-
-def test_a_checkpoint_with_no_average_or_half_of_one_is_refused(tmp_path: Path) -> None:
-    ranks.run(workers.rates_after_resume, 1, {}, str(tmp_path))
-    refusal = ranks.run(workers.resume_with, 1, EMA, str(tmp_path))[0]
-    assert "has no average of the weights, and optim.ema is 0.9: use the setting that the run began with" in refusal
-    ranks.run(workers.averages, 2, EMA, str(tmp_path / "with"), True)
-    (tmp_path / "with" / "state" / "average-1.pt").unlink()
-    with pytest.raises(AssertionError, match=r"the average of \S+ is not all there"):
-        ranks.run(workers.averages, 2, EMA, str(tmp_path / "with"), False)
+def test_an_average_that_is_turned_on_later_begins_with_the_weights_then(tmp_path: Path) -> None:
+    how = {"optim.ema_warmup": "false"}
+    ranks.run(workers.across, 1, {}, str(tmp_path), 4, 0)
+    before = ranks.run(workers.across, 1, {}, str(tmp_path), 0, 0)[0]["weights"]
+    seen = ranks.run(workers.across, 2, how | {"optim.ema": 0.75, "engine.zero": 3}, str(tmp_path), 0, 1)[0]
+    assert seen["resumed"] == 4
+    for name, average in seen["average"].items():
+        expected = 0.75 * before[name].astype(np.float64) + 0.25 * seen["weights"][name]
+        assert np.abs(average - expected).max() < 1e-6
+    assert any(np.abs(seen["weights"][name] - before[name]).max() > 1e-3 for name in before)
