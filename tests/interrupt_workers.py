@@ -8,9 +8,12 @@ file, and with it what a run imports late: that saves each rank 6 s of CPU time.
 
 import contextlib
 import errno
+import functools
 import json
 import multiprocessing.connection
 import os
+import random
+import shutil
 import signal
 import time
 import traceback
@@ -27,7 +30,7 @@ import transformers.models.beit.modeling_beit
 import transformers.models.vit.image_processing_vit  # noqa: F401
 
 from tests import ranks, workers
-from vitdist import checkpoint, config, console, dist, evaluate, export, loss, metrics, report, rundir, stop  # noqa: F401
+from vitdist import checkpoint, config, console, dist, evaluate, export, loss, manifest, metrics, report, rundir, stop  # noqa: F401
 from vitdist import train as trainer
 from vitdist.config import Checkpoint
 from vitdist.data import augment, loader, supply  # noqa: F401
@@ -345,6 +348,7 @@ class State:
         self.steps, self.replicated, self._offset = 0, False, rank * size
         self._values = {name: torch.zeros(size) for name in ("master/a", "exp_avg/a", "average/a")}
         self.shape = [size * world]
+        self._fill()
 
     def pieces(self) -> dict[str, Piece]:
         return {name: Piece(self._offset, values) for name, values in self._values.items()}
@@ -353,12 +357,15 @@ class State:
         return {"steps": self.steps, "skipped": 0, "optimizer": {"step": float(self.steps)}, "loss_scaler": {}}
 
     def restore(self, kinds: set[str], fill: Callable[[dict[str, Piece]], None], counters: dict[str, Any]) -> None:
-        assert kinds == {"exp_avg"}
+        assert kinds <= {"exp_avg"}
         fill(self.pieces())
         self.steps = counters["steps"]
 
     def update(self) -> None:
         self.steps += 1
+        self._fill()
+
+    def _fill(self) -> None:
         for values, wanted in zip(self._values.values(), self._wanted(), strict=True):
             values.copy_(wanted)
 
@@ -413,7 +420,7 @@ def go_on(run: RunDir, size: int = 1000) -> tuple[State, list[str]]:
     resumed, passed_over = checkpoint.resume(run, state, Alone(), identity_of(state))  # type: ignore[arg-type]
     assert state.whole()
     assert state.steps == (resumed.step if resumed else 0)
-    names = sorted(path.name for path in run.checkpoints.iterdir())
+    names = [path.name for path in run.checkpoints.iterdir()] if run.checkpoints.exists() else []
     assert {name for name in names if not name.startswith("step-")} <= {"latest", "writer.json"}
     return state, passed_over
 
@@ -447,7 +454,7 @@ def fail_at(number: int, how: str) -> list[str]:
     return seen
 
 
-def in_fork(work: Callable[[], None]) -> int:
+def in_fork(work: Callable[[], Any]) -> int:
     """`work()` in a fork of this process; its exit status as `os.waitstatus_to_exitcode` tells it."""
     pid = os.fork()
     if pid == 0:
@@ -460,3 +467,140 @@ def in_fork(work: Callable[[], None]) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at_every_call(folder: str) -> dict[str, Any]:
+    """The third save of a run, and a new attempt's claim before it, killed at each of its calls in turn."""
+    run = RunDir(Path(folder) / "run")
+
+    def third(number: int, how: str) -> list[str]:
+        state, _ = go_on(run)
+        seen = fail_at(number, how)
+        written = writer_of(run, state, attempt=1)
+        state.update()
+        written.save({})
+        written.wait()
+        return seen
+
+    run.path.mkdir()
+    save_states(run, 2)
+    originals = {name: getattr(os, name) for name in CALLS}
+    calls = third(-1, "")
+    for name, original in originals.items():
+        setattr(os, name, original)
+    torn, steps = [], []
+    for number, name in enumerate(calls):
+        for how in ("kill", "half") if name == "write" else ("kill",):
+            shutil.rmtree(run.path)
+            run.path.mkdir()
+            save_states(run, 2)
+            assert in_fork(functools.partial(third, number, how)) == -signal.SIGKILL
+            state, passed_over = go_on(run)
+            torn += passed_over
+            steps.append(state.steps)
+    return {"calls": calls, "torn": torn, "steps": steps}
+
+
+def killed_at_random(folder: str, kills: int) -> dict[str, Any]:
+    """One run whose process is killed again and again while it saves without a pause."""
+    run, size = RunDir(Path(folder)), 30_000
+    faults, cut_short, newest, draw = [], 0, 0, random.Random(0)
+    for number in range(kills):
+        reader, writer = os.pipe()
+
+        def work(number: int = number, writer: int = writer) -> None:
+            state, _ = go_on(run, size)
+            written = writer_of(run, state, attempt=number)
+            os.write(writer, b"begin\n")
+            while True:
+                state.update()
+                written.save({})
+                written.wait()
+                assert [outcome.fault for outcome in written.news()] == [None]
+                os.write(writer, b"%d\n" % state.steps)
+
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(writer)
+        os.read(reader, 6)
+        time.sleep(draw.random() * 0.01)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        told = b""
+        while part := os.read(reader, 4096):
+            told += part
+        os.close(reader)
+        newest = max([newest, *map(int, told.split())])
+        cut_short += bool(manifest.left_over(run))
+        state, passed_over = go_on(run, size)
+        if passed_over or not newest <= state.steps <= newest + 1:
+            faults.append((number, state.steps, newest, passed_over))
+        newest = state.steps
+    return {"faults": faults, "kills": kills, "cut_short": cut_short}
+
+
+def failed_at_every_call(folder: str, how: str) -> dict[str, Any]:
+    """The third save of a run whose call 0, 1, 2 ... fails, until none does; then a fourth."""
+    faults, told, number = [], set(), 0
+    while True:
+        run = RunDir(Path(folder) / str(number))
+        run.path.mkdir(parents=True)
+        state, written = save_states(run, 2)
+        originals = {name: getattr(os, name) for name in CALLS}
+        seen = fail_at(number, how)
+        state.update()
+        written.save({})
+        written.wait()
+        for name, original in originals.items():
+            setattr(os, name, original)
+        third = [outcome.fault for outcome in written.news()][-1]
+        told.add(third)
+        whole = [entry.step for entry in manifest.entries(run, thorough=True) if entry.fault is None]
+        wanted = {2, 1} if third else {3, 2}
+        if not wanted <= set(whole):
+            faults.append((number, seen[number], third, whole))
+        state.update()
+        written.save({})
+        written.wait()
+        if [outcome.fault for outcome in written.news()] != [None] or manifest.steps(run)[0] != 4:
+            faults.append((number, seen[number], "the next save fails"))
+        if go_on(run)[0].steps != 4:
+            faults.append((number, seen[number], "not resumed"))
+        shutil.rmtree(run.path)
+        if len(seen) <= number:
+            return {"faults": faults, "told": told, "calls": number}
+        number += 1
+
+
+def one_of_two_fails(folder: str, on_failure: str) -> dict[str, Any]:
+    """Three saves by two ranks, of which rank 1 finds its disk full in the second."""
+    run = RunDir(Path(folder))
+    with dist.processes(1) as me:
+        state = State(1000, me.rank, me.world)
+        written = writer_of(run, state, me, on_failure=on_failure)
+        original, raised = os.write, None
+
+        def full(handle: int, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        try:
+            for _ in range(3):
+                state.update()
+                os.write = full if me.rank == 1 and state.steps == 2 else original  # type: ignore[assignment]
+                written.save({})
+                written.wait()
+        except checkpoint.SaveFailed as error:
+            raised = str(error)
+        me.barrier()
+        return {
+            "told": [outcome.fault for outcome in written.news() if raised is None or outcome.fault is None],
+            "raised": raised,
+            "kept": manifest.steps(run),
+            "left": [str(path) for path in manifest.left_over(run)],
+        }
