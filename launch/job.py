@@ -72,8 +72,9 @@ class NodeJob:
     def __call__(self) -> str:
         """Run this node's trainers to their end; returns how they ended. Raises RunFailed."""
         run = RunDir(Path(self.run))
-        if rundir.state(run)["state"] == "done":
-            return "done"  # SLURM restarted a finished run
+        record = rundir.state(run)
+        if record["state"] == "done" and record.get("attempt", 0) >= self.base_attempt:
+            return "done"  # SLURM restarted a finished run; one that an earlier job finished is to be made longer
         self._node = node = Node.here(self)
         node.begin()
         try:
@@ -377,7 +378,11 @@ class Node:
     def requeue(self) -> None:
         """The run was stopped, not by USR2: by a preemption that sends TERM only. A cancelled job stays cancelled."""
         if slurm_state(self.job_id).startswith("RUNNING"):
-            subprocess.run(["scontrol", "requeue", self.job_id], capture_output=True, timeout=60)
+            done = subprocess.run(["scontrol", "requeue", self.job_id], capture_output=True, text=True, timeout=60)
+            if done.returncode:
+                why = faults.one_line(done.stderr) or f"exit code {done.returncode}"
+                print(f"SLURM refused the requeue ({why}): the same command with --name {self.run.name} goes on")
+                return
             self._publish("requeued", None, rundir.now())
 
 

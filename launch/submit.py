@@ -30,7 +30,8 @@ import yaml
 from launch import cluster as clusters
 from launch import preflight, snapshot, torchrun
 from launch.cluster import Cluster, Slurm
-from vitdist import config, rundir
+from vitdist import changes, config, rundir
+from vitdist.changes import Change
 from vitdist.config import Config, SettingsError
 from vitdist.rundir import RunDir
 
@@ -89,8 +90,7 @@ def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:
     name = rundir.check_name(args.name or f"{plan.source.stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     run = RunDir(_runs(args.runs) / name)
     exists = run.path.exists()
-    if exists:
-        _same_settings(run, plan.settings)
+    changed = _changed(run, plan.settings) if exists else []
     for note in plan.notes:
         _say(note)
     attempt = run.next_attempt()
@@ -100,12 +100,14 @@ def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:
     if args.dry_run:
         print(script(plan, run, attempt), end="")
         return 0
-    if exists and (code := _already(run, args.follow)) is not None:
+    if exists and (code := _already(run, args.follow, changed)) is not None:
         return code
     if any(finding.level == "refuse" for finding in findings):
         return rundir.EXIT_REFUSED
     if exists:
-        _say(f"{run.path} exists with the same settings: continues at attempt {attempt}")
+        _say(f"{run.path} exists{'' if changed else ' with the same settings'}: continues at attempt {attempt}")
+        for change in changed:
+            _say(f"setting changed: {change}")
     if plan.cluster:
         return _to_slurm(plan, run, attempt, given, args.follow, launcher)
     return _to_this_machine(plan, run, attempt, given, launcher)
@@ -250,19 +252,18 @@ def _ignored() -> list[str]:
 # ---- a run that exists -----------------------------------------------------------------------------
 
 
-def _same_settings(run: RunDir, settings: Config) -> None:
+def _changed(run: RunDir, settings: Config) -> list[Change]:
+    """What is other than in the run's folder. Raises SettingsError for what the run cannot go on with."""
     if not run.config.exists():
         raise SettingsError(f"{run.path} exists and is no run folder: choose another --name, or remove it")
-    changed = config.difference(config.load(run.config), settings)
-    if changed:
-        shown = "\n  ".join(changed)
-        what = f"{run.path} exists with other settings: choose another --name, or take these back"
-        raise SettingsError(f"{what}\n  {shown}")
+    changed = changes.between(config.to_plain(config.load(run.config)), config.to_plain(settings))
+    changes.refuse(changed, str(run.path))
+    return changed
 
 
-def _already(run: RunDir, wanted: bool) -> int | None:
+def _already(run: RunDir, wanted: bool, changed: list[Change]) -> int | None:
     """The exit code if the run is done or still going; None if it can be continued."""
-    if rundir.state(run)["state"] == "done":
+    if rundir.state(run)["state"] == "done" and not changes.longer(changed):
         _say(f"{run.path} is done; its report is {run.report}")
         return rundir.EXIT_DONE
     job_id = _last_job(run)
@@ -325,6 +326,7 @@ def _local_script(plan: Plan, run: RunDir, attempt: int) -> str:
 def _run_folder(plan: Plan, run: RunDir, attempt: int, given: list[str]) -> Iterator[None]:
     """The run folder with everything that a start needs; taken back if the body fails."""
     new, new_parent = not run.path.exists(), not run.path.parent.exists()
+    before: bytes | None = None
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         _freeze_code(run, attempt, ["launch/submit.py", *given])
@@ -333,8 +335,8 @@ def _run_folder(plan: Plan, run: RunDir, attempt: int, given: list[str]) -> Iter
         rundir.publish(run.cluster, yaml.safe_dump(place | profile, sort_keys=False, allow_unicode=True))
         rundir.publish(run.submit, script(plan, run, attempt))
         _private(run.submitit)
-        if new:
-            rundir.publish(run.config, config.to_yaml(plan.settings))
+        before = None if new else run.config.read_bytes()
+        rundir.publish(run.config, config.to_yaml(plan.settings))
         yield
     except BaseException:
         if new:
@@ -343,6 +345,8 @@ def _run_folder(plan: Plan, run: RunDir, attempt: int, given: list[str]) -> Iter
                 with contextlib.suppress(OSError):
                     run.path.parent.rmdir()
         else:
+            if before is not None:
+                rundir.publish(run.config, before)
             # What submitit writes before it has a job id.
             for left in (*run.submitit.glob("[!_]" * 32 + ".pkl"), *run.submitit.glob(".submission_file_*")):
                 if not left.is_symlink():

@@ -93,7 +93,14 @@ def test_the_halves_meet_at_the_run_folder(path: Path) -> None:
         assert not any(m.split(".")[0] == "launch" for m in found)
     else:
         ours = {m for m in found if m.startswith("vitdist.")}
-        allowed = ("vitdist.config", "vitdist.rundir", "vitdist.console", "vitdist.faults", "vitdist.data.index")
+        allowed = (
+            "vitdist.config",
+            "vitdist.rundir",
+            "vitdist.console",
+            "vitdist.faults",
+            "vitdist.changes",
+            "vitdist.data.index",
+        )
         assert all(m.startswith(allowed) for m in ours), ours
         assert not any(m.split(".")[0] == "torch" for m in found)
 
@@ -144,7 +151,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.plan": {"vitdist.model", "vitdist.optim"},
         "vitdist.report": {"vitdist.data", "vitdist.data.index", "vitdist.faults"},  # thumbnails of the worst mistakes
         "vitdist.cli": {
-            *(f"vitdist.{room}" for room in ("inference", "manifest", "plan", "report", "results")),
+            *(f"vitdist.{room}" for room in ("inference", "manifest", "plan", "report", "results", "selection")),
             *(m for m in map(module, FILES) if m.startswith("vitdist.data")),
         },
     }

@@ -7,11 +7,11 @@ config.yaml, the difference is told with its rule; what cannot be changed is ref
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vitdist import config
-from vitdist.config import Config
+from vitdist.config import Config, SettingsError
 
 
 class Effect(enum.Enum):
@@ -96,6 +96,22 @@ def between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
         if before is not _MISSING and after is not _MISSING and before != after:
             found.append(Change(name, before, after, effect(name)))
     return found
+
+
+def refuse(changed: Sequence[Change], what: str) -> None:
+    """Raises SettingsError, naming all, if a run (`what`) cannot go on with some of the changes."""
+    refused = [change for change in changed if change.effect is Effect.REFUSED]
+    if refused:
+        lines = "\n  ".join(f"{change.name}: {change.before} -> {change.after}" for change in refused)
+        raise SettingsError(
+            f"{what} cannot go on with other settings of these; use what it began with, or another --name (with "
+            f"model.warm_start for its weights)\n  {lines}"
+        )
+
+
+def longer(changed: Sequence[Change]) -> bool:
+    """Whether the length of the run is another, so that a finished one may go on."""
+    return any(change.name in ("train.steps", "train.epochs") for change in changed)
 
 
 _MISSING = object()

@@ -809,7 +809,7 @@ def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", pas
 
     s.progress("starting", long=True)
     changed = changes.between(resumed.manifest.settings, config.to_plain(s.given)) if resumed else []
-    _refuse(changed, f"step {resumed.step} of {s.run.path}" if resumed else "")
+    changes.refuse(changed, f"step {resumed.step} of {s.run.path}" if resumed else "")
 
     device = torch.cuda.get_device_name() if s.me.device.type == "cuda" else "CPU"
     about = about | {
@@ -875,17 +875,6 @@ def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", pas
     if s.me.first and config.load(s.run.config) != s.given:
         s.journal.publish(s.run.config, config.to_yaml(s.given))
     s.journal.start_wandb(s.settings.tracking, {"settings": config.to_plain(s.settings)} | about)
-
-
-def _refuse(changed: list[changes.Change], what: str) -> None:
-    """Raises ValueError if one of the changes is none that a run can go on with."""
-    refused = [change for change in changed if change.effect is changes.Effect.REFUSED]
-    if refused:
-        lines = "\n  ".join(f"{c.name}: {c.before} -> {c.after}" for c in refused)
-        raise SettingsError(
-            f"{what} cannot go on with other settings of these; use what it began with, or another --name (with "
-            f"model.warm_start for its weights)\n  {lines}"
-        )
 
 
 def _finish(run: RunDir, summary: dict[str, Any]) -> None:
@@ -954,37 +943,35 @@ def main(argv: list[str] | None = None) -> int:
 def _open(args: argparse.Namespace) -> tuple[Config, RunDir | None]:
     """The settings, and the run folder if there is one already."""
     target = Path(args.target)
+    there = os.path.isdir(target)  # as `exists` and `realpath` of os.path: False for names too long, circles of links
     overrides = args.overrides + ([f"model.warm_start={args.warm_start}"] if args.warm_start else [])
-    if target.is_dir():
+    if there:
         if args.name:
             raise SettingsError(f"{target} is a run folder and has a name; give a .yaml for another run")
         run = RunDir(target.resolve())
-        if not run.config.exists():
+        if not os.path.exists(run.config):
             raise SettingsError(f"{target} is no run folder (it has no config.yaml); give one, or a configuration")
     else:
         rundir.check_name(args.name or target.stem)
-        run = RunDir(Path(args.runs).resolve() / (args.name or ""))
-    settings = config.with_absolute_paths(config.load(run.config if target.is_dir() else target, overrides))
-    if not (target.is_dir() or args.name) or not run.config.exists():
+        run = RunDir(Path(os.path.realpath(args.runs)) / (args.name or ""))
+    settings = config.with_absolute_paths(config.load(run.config if there else target, overrides))
+    if not (there or args.name) or not os.path.exists(run.config):
         return settings, None
     changed = changes.between(config.to_plain(config.load(run.config)), config.to_plain(settings))
-    _refuse(changed, str(run.path))
+    changes.refuse(changed, str(run.path))
     return settings, run
 
 
 def _finished(run: RunDir, settings: Config) -> bool:
     """Whether there is nothing left to do: a run that is made longer goes on."""
-    longer = any(
-        change.name in ("train.steps", "train.epochs")
-        for change in changes.between(config.to_plain(config.load(run.config)), config.to_plain(settings))
-    )
-    return rundir.state(run)["state"] == "done" and not longer
+    changed = changes.between(config.to_plain(config.load(run.config)), config.to_plain(settings))
+    return rundir.state(run)["state"] == "done" and not changes.longer(changed)
 
 
 def _new_run(args: argparse.Namespace, settings: Config, made: list[RunDir]) -> RunDir:
     """A folder, noted in `made`, for a new run; named after configuration and time unless --name says otherwise."""
     name = args.name or f"{Path(args.target).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    run = RunDir(Path(args.runs).resolve() / rundir.check_name(name))
+    run = RunDir(Path(os.path.realpath(args.runs)) / rundir.check_name(name))
     try:
         rundir.publish(run.config, config.to_yaml(settings))
     except OSError as error:

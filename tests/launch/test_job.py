@@ -91,7 +91,7 @@ def test_two_nodes_run_to_the_end(run: RunDir, start: Callable[..., Any]) -> Non
     assert [read(attempt.node(node))["state"] for node in (0, 1)] == ["done", "done"]
 
 
-def test_a_finished_run_returns_at_once(run: RunDir, start: Callable[..., Any]) -> None:
+def test_S8_a_finished_run_returns_at_once(run: RunDir, start: Callable[..., Any]) -> None:
     start(1, 1).wait(30)
     start(1, 1).wait(30)
     assert [attempt.number for attempt in run.attempts()] == [0]
@@ -134,7 +134,7 @@ def test_the_first_term_saves_and_the_next_start_goes_on(run: RunDir, start: Cal
     assert rundir.state(run)["state"] == "done"
 
 
-def test_a_wish_to_stop_is_repeated_for_trainers_that_were_not_ready(run: RunDir, start: Callable[..., Any]) -> None:
+def test_S8_a_wish_to_stop_is_repeated_for_trainers_that_were_not_ready(run: RunDir, start: Callable[..., Any]) -> None:
     controller = start(1, 1, until_asked=True)
     # The node's job handles TERM from here on; its trainer has not yet taken over USR2.
     until(lambda: run.attempt(0).torchrun_log(0).exists())
@@ -144,7 +144,7 @@ def test_a_wish_to_stop_is_repeated_for_trainers_that_were_not_ready(run: RunDir
     assert read(run.attempt(0).job)["state"] == "stopped", logs(run)
 
 
-def test_a_second_term_ends_it(run: RunDir, start: Callable[..., Any]) -> None:
+def test_S3_a_second_term_ends_it(run: RunDir, start: Callable[..., Any]) -> None:
     controller = start(1, 1, until_asked=True, hang=True)
     until(lambda: read(run.attempt(0).train).get("step", 0) > 0)
     (run.path / "lost").touch()  # the trainer hangs in a collective
@@ -232,7 +232,7 @@ def under_submitit(run: RunDir, job: NodeJob) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, cwd=run.code, stdout=out, stderr=subprocess.STDOUT)
 
 
-def test_usr2_saves_before_the_requeue(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_S1_usr2_saves_before_the_requeue(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STANDIN", json.dumps({"until_asked": True}))
     process = under_submitit(run, node_job(run))
     until(lambda: read(run.attempt(0).train).get("step", 0) > 2)
@@ -246,7 +246,7 @@ def test_usr2_saves_before_the_requeue(run: RunDir, in_slurm: Path, monkeypatch:
     assert again == node_job(run)
 
 
-def test_usr2_does_not_requeue_a_run_that_is_done_by_then(
+def test_S8_usr2_does_not_requeue_a_run_that_is_done_by_then(
     run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STANDIN", json.dumps({"steps": 40, "deaf": True}))
@@ -288,7 +288,7 @@ def test_other_nodes_leave_a_stop_in_peace(run: RunDir, in_slurm: Path, monkeypa
     assert not run.attempt(0).job.exists()
 
 
-def test_stopped_by_term_alone_is_requeued_while_slurm_calls_it_running(
+def test_S3_stopped_by_term_alone_is_requeued_while_slurm_calls_it_running(
     run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STANDIN", json.dumps({"until_asked": True}))
@@ -309,7 +309,7 @@ def test_a_torn_dump_of_submitit_is_removed(run: RunDir, in_slurm: Path) -> None
     assert not torn.exists()
 
 
-def test_a_port_in_use_is_named(run: RunDir, in_slurm: Path) -> None:
+def test_R2_a_port_in_use_is_named(run: RunDir, in_slurm: Path) -> None:
     import socket
 
     with socket.socket() as taken, usr2_kept():
@@ -320,7 +320,7 @@ def test_a_port_in_use_is_named(run: RunDir, in_slurm: Path) -> None:
     assert "cannot be used" in read(run.attempt(0).job)["cause"]
 
 
-def test_a_name_that_does_not_resolve_is_asked_of_slurm(in_slurm: Path, tmp_path: Path) -> None:
+def test_R3_a_name_that_does_not_resolve_is_asked_of_slurm(in_slurm: Path, tmp_path: Path) -> None:
     assert launch_job._address("localhost") == "localhost"
     (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'NodeName=node1 NodeAddr=10.1.2.3 Port=1'\n")
     assert launch_job._address("no-such-host.invalid") == "10.1.2.3"

@@ -500,12 +500,28 @@ def finished(place: Path, state: str) -> RunDir:
     return run
 
 
-def test_other_settings_are_another_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_C10_what_a_run_cannot_go_on_with_is_another_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished(place, "stopped")
     code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x", "optim.lr=0.5", "train.seed=3")
     assert code == 2
-    assert "exists with other settings: choose another --name" in err
-    assert "train.seed: 0 -> 3\n  optim.lr: 0.001 -> 0.5" in err
+    assert "cannot go on with other settings of these; use what it began with, or another --name" in err
+    assert "train.seed: 0 -> 3" in err
+    assert "optim.lr" not in err
+
+
+def test_C10_a_changed_setting_is_told_with_its_rule(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(place, "stopped")
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x", "optim.lr=0.5")
+    assert code == 0, err
+    assert "setting changed: optim.lr: 0.001 -> 0.5: from here on; what was trained stays" in err
+    assert config.load(run.config).optim.lr == 0.5
+
+
+def test_a_done_run_goes_on_when_it_is_made_longer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(place, "done")
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x", "train.steps=99", "train.epochs=null")
+    assert code == 0, err
+    assert "continues at attempt 1" in err
 
 
 def test_S8_a_done_run_points_at_its_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def test_argv_is_a_static_rendezvous(nodes: int) -> None:
         ]
 
 
-def test_ports_are_below_the_ephemeral_range_and_differ_between_starts() -> None:
+def test_R2_ports_are_below_the_ephemeral_range_and_differ_between_starts() -> None:
     ports = [torchrun.port(str(job), attempt) for job in range(500) for attempt in range(2)]
     assert all(10_000 <= port <= 31_999 for port in ports)
     assert torchrun.port("4711", 0) == ports[0] or torchrun.port("4711", 0) == torchrun.port("4711", 0)
