@@ -495,11 +495,21 @@ class _Pieces:
                     offsets = json.loads((file.metadata() or {}).get("offsets", "{}"))
                     for key in file.keys():  # noqa: SIM118 - not a dictionary
                         values = file.get_tensor(key)
+                        if values.ndim != 1:
+                            raise ValueError(f"{key} is not flat")
                         if key.startswith("rng/"):
                             self._random.setdefault(rank, {})[key.removeprefix("rng/")] = values
                         else:
                             self._where.setdefault(key, []).append((int(offsets[key]), values))
-            except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            except (
+                SafetensorError,
+                LookupError,
+                ValueError,
+                TypeError,
+                AttributeError,
+                ArithmeticError,
+                RecursionError,
+            ) as error:
                 raise Damaged(f"{path} is not what its manifest says ({error})") from None
 
     def __iter__(self) -> Iterator[str]:

@@ -157,7 +157,7 @@ def read(folder: Path) -> Manifest:
         raise Damaged("it is not there")
     try:
         record = rundir.read_json(folder / _NAME)
-    except (ValueError, OSError, AttributeError, RecursionError) as error:
+    except (ValueError, OSError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{_NAME} cannot be read ({str(error).splitlines()[0]})") from None
     if record is None:
         raise Damaged(f"{_NAME} is missing")
@@ -283,6 +283,7 @@ def _few(names: list[str]) -> str:
 
 
 def _first_of_groups(was: list[Group], now: list[Group]) -> str | None:
+    # Members alone: scale and decay of a group are settings, of which the new ones count (changes.py).
     shapes_were = {name: shape for group in was for name, shape in group.parameters.items()}
     shapes_are = {name: shape for group in now for name, shape in group.parameters.items()}
     if different := _first_of_shapes(shapes_were, shapes_are):
@@ -292,12 +293,6 @@ def _first_of_groups(was: list[Group], now: list[Group]) -> str | None:
     for name, old in group_was.items():
         if group_is[name] != old:
             return f"{name} was in the parameter group {old}, now in {group_is[name]}"
-    by_name = {group.name: group for group in now}
-    for before in was:
-        for what in ("lr_scale", "weight_decay"):
-            old_value, new = getattr(before, what), getattr(by_name[before.name], what)
-            if old_value != new:
-                return f"{what} of the parameter group {before.name} was {old_value:g}, now {new:g}"
     return None
 
 

@@ -46,10 +46,16 @@ def start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Callable[..., "subpro
     """Start simulated nodes; returns submitit's controller."""
 
     def start(
-        nodes: int = 2, processes: int = 2, devices: tuple[str, ...] = (), minutes: int = 10, **orders: object
+        nodes: int = 2,
+        processes: int = 2,
+        devices: tuple[str, ...] = (),
+        minutes: int = 10,
+        first: int | None = None,
+        **orders: object,
     ) -> Any:
         monkeypatch.setenv("STANDIN", json.dumps(orders))
-        job = NodeJob(str(run.path), processes, run.next_attempt(), "local", devices, launcher="standin")
+        number = run.next_attempt() if first is None else first
+        job = NodeJob(str(run.path), processes, number, "local", devices, launcher="standin")
         executor = submitit.LocalExecutor(run.submitit)
         executor.update_parameters(tasks_per_node=nodes, timeout_min=minutes, signal_delay_s=10, stderr_to_stdout=True)
         return executor.submit(job)._process
@@ -92,9 +98,14 @@ def test_two_nodes_run_to_the_end(run: RunDir, start: Callable[..., Any]) -> Non
 
 
 def test_S8_a_finished_run_returns_at_once(run: RunDir, start: Callable[..., Any]) -> None:
+    """SLURM may start the job of a finished run again; one of a later submission is there to make it longer."""
     start(1, 1).wait(30)
-    start(1, 1).wait(30)
+    began = read(run.attempt(0).job)
+    start(1, 1, first=0).wait(30)
     assert [attempt.number for attempt in run.attempts()] == [0]
+    assert read(run.attempt(0).job) == began
+    start(1, 1).wait(30)
+    assert [attempt.number for attempt in run.attempts()] == [0, 1]
 
 
 def test_the_cause_is_the_rank_that_failed_first_not_its_peers(run: RunDir, start: Callable[..., Any]) -> None:
