@@ -2,14 +2,14 @@
 
     codes = start(2, Attempt(arguments, folder, Strike("rename", "SIGKILL")))    # exit codes of all ranks
 
-Unlike ranks.run, a rank may die here, and the others are then ended as torchrun does it. The fork server loads this
-file, and with it what a run imports late: that saves each rank 6 s of CPU time.
+Unlike ranks.run, a rank may die here, and the others are then ended as torchrun does it.
 """
 
 import contextlib
 import errno
 import functools
 import json
+import math
 import multiprocessing.connection
 import os
 import random
@@ -22,24 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The first is what DeepSpeed imports at its first engine, and with it torch's compiler; then the first evaluation's.
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import sklearn.metrics  # noqa: F401
 import torch
-import transformers.models.beit.modeling_beit
-import transformers.models.vit.image_processing_vit  # noqa: F401
 
 from tests import ranks, workers
-from vitdist import checkpoint, config, console, dist, evaluate, export, loss, manifest, metrics, report, rundir, stop  # noqa: F401
+from vitdist import checkpoint, console, dist, evaluate, export, loss, manifest, report, rundir, stop
 from vitdist import train as trainer
 from vitdist.config import Checkpoint
-from vitdist.data import augment, loader, supply  # noqa: F401
 from vitdist.engine import Engine, Piece
 from vitdist.manifest import Group, Identity
 from vitdist.rundir import RunDir
-
-ranks._PRELOAD.append(__name__)
-"""Read when the server starts, which is at the first test that runs ranks: every file is imported before it."""
 
 PATIENCE_S = 60.0
 """The longest wait for ranks whose peer is gone before they are killed; torchrun waits 30 s."""
@@ -230,6 +221,62 @@ POINTS: dict[str, tuple[bool, Callable[[_Signal], None]]] = {
     "reported": (True, _before(console, "final_table")),
 }
 """name -> (whether only rank 0 passes it, what lays the strike there)"""
+
+
+def signals_in_a_save(rank: int) -> None:
+    """Three signals with half of the first file written."""
+    for name in ("SIGUSR2", "SIGTERM", "SIGUSR2"):
+        _write(_Signal(Strike("write", name)))
+
+
+def killed_in_the_save_of_a_stop(rank: int) -> None:
+    """The window after a warning is too short: SIGTERM before the fourth update, the end in the middle of its save."""
+    ask = _Signal(Strike("step", "SIGTERM", after=3))
+    _before(trainer, "_update")(ask)
+    original = checkpoint.write_file
+
+    def write_file(path: Path, header: bytes, body: memoryview) -> Any:
+        if "step-00000004" in str(path):
+            original(path, header, body[: len(body) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, header, body)
+
+    checkpoint.write_file = write_file
+
+
+def full_disk(step: int, rank: int) -> None:
+    """The last rank finds no room for its file of the checkpoint of `step`."""
+    original = checkpoint.write_file
+
+    def write_file(path: Path, header: bytes, body: memoryview) -> Any:
+        if manifest.name_of(step) in str(path) and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            original(path, header, body[: len(body) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(path, header, body)
+
+    checkpoint.write_file = write_file
+
+
+def spoil(what: str, first: int, last: int, rank: int) -> None:
+    """In updates [first, last) the last rank's loss is NaN, or `gradient`: finite, with gradients that are not."""
+    if rank != int(os.environ["WORLD_SIZE"]) - 1:
+        return
+    update, original, now = trainer._update, loss.Loss.__call__, [0]
+
+    def noted(s: Any, *rest: Any) -> Any:
+        now[0] = s.engine.steps
+        return update(s, *rest)
+
+    def call(self: loss.Loss, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if not first <= now[0] < last:
+            return original(self, logits, target)
+        if what == "gradient":
+            logits.register_hook(lambda gradient: gradient * math.inf)
+            return original(self, logits, target)
+        return original(self, logits, target) * math.nan
+
+    trainer._update = noted
+    loss.Loss.__call__ = call  # type: ignore[method-assign]
 
 
 def attempt(given: Attempt) -> int:
