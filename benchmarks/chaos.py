@@ -180,7 +180,7 @@ def _two_signals(rng: random.Random, duration_s: float) -> Plan:
 
 def _stopped_long(rng: random.Random, duration_s: float) -> Plan:
     step = Moment("step", rng.randint(1, STEPS - 6))
-    return Plan("", (Blow(step, (("STOP", rng.choice(("rank 0", "rank 1"))),)),), hang_s=3.0, hang=True)
+    return Plan("", (Blow(step, (("STOP", rng.choice(("rank 0", "rank 1"))),)),), hang_s=4.0, hang=True)
 
 
 def _stopped_short(rng: random.Random, duration_s: float) -> Plan:
@@ -923,7 +923,7 @@ class Round:
         self.outcome.strays = sorted(
             str(path.relative_to(self.run.path))
             for path in self.run.path.rglob(".*")
-            if path.name != ".lock" and "wandb" not in path.parts and path not in left
+            if path.name != ".lock" and not {"wandb", "submitit", "code"} & {*path.parts} and path not in left
         )
         if (newest := max(self._whole, default=0)) != STEPS:
             self._wrong(f"the newest whole checkpoint is of step {newest}, not {STEPS}")
@@ -960,7 +960,6 @@ class Round:
 
 def lost_steps(run: RunDir) -> int:
     """Steps that were done more than once, over all attempts."""
-    done = 0
     seen: set[tuple[int, int]] = set()
     if run.metrics.exists():
         for line in run.metrics.read_text(errors="replace").splitlines():
@@ -968,8 +967,7 @@ def lost_steps(run: RunDir) -> int:
                 row = json.loads(line)
                 if "train/loss" in row:
                     seen.add((row["attempt"], row["train/global_step"]))
-    done = len(seen)
-    return done - len({step for _, step in seen})
+    return len(seen) - len({step for _, step in seen})
 
 
 def _last(text: str) -> str:
@@ -1131,7 +1129,7 @@ def picture(result: dict[str, Any]) -> str:
             sums["medians"].append((row["rounds"], row["lost_steps_median"]))
     left, width, step, top = 215, 380, 24, 96
     most = max(row["rounds"] for row in rows.values())
-    height = top + step * len(rows) + 34
+    height = top + step * len(rows) + 52
     places = ", ".join(f"{result[place]['rounds']} {PLACES[place]}" for place in PLACES if place in result)
     total = {name: sum(row[name] for row in rows.values()) for name, _ in _BARS}
     out = [
@@ -1147,7 +1145,7 @@ def picture(result: dict[str, Any]) -> str:
     for (style, text), (name, _) in zip(legend, _BARS, strict=True):
         out.append(f'  <rect class="{style}" x="{x}" y="59" width="12" height="12" rx="2"/>')
         out.append(f'  <text x="{x + 18}" y="70">{text}: {total[name]}</text>')
-        x += 210 if style == "same" else 150
+        x += 235 if style == "same" else 165
     out.append(f'  <text class="quiet number" x="748" y="{top - 6}">steps done again</text>')
     for number, (kind, row) in enumerate(rows.items()):
         y, x = top + step * number, float(left)
@@ -1162,8 +1160,12 @@ def picture(result: dict[str, Any]) -> str:
         again = sum(rounds * median for rounds, median in row["medians"]) / row["rounds"]
         out.append(f'  <text class="number" x="748" y="{y + 16}">{again:.3g}</text>')
     out.append(
+        f'  <text class="quiet" x="12" y="{height - 30}">Steps done again: medians, of several places weighted by '
+        "rounds. A full disk keeps checkpoints from being saved.</text>"
+    )
+    out.append(
         f'  <text class="quiet" x="12" y="{height - 12}">A round: {STEPS} steps, a checkpoint every {SAVE_EVERY}. '
-        "Steps done again: the medians of the places, weighted by rounds.</text>"
+        "With another number of ranks: losses within 1e-4.</text>"
     )
     return "\n".join([*out, "</svg>", ""])
 
