@@ -154,7 +154,7 @@ class Writer:
         step = self._engine.steps
         self.wait()
         if self._saved == step:
-            if self._me.first:
+            if self._me.first and self._fence_holder().get("token") == self._token:
                 self._prune(best)
             return
         header, body = self._copy()
@@ -307,7 +307,7 @@ class Writer:
         try:
             record = record | {"files": {name: file.model_dump() for name, file in files.items()}}
             rundir.publish_json(temporary / "manifest.json", record)
-            fence = rundir.read_json(self._fence) or {}
+            fence = self._fence_holder()
             if fence.get("token") != self._token:
                 shutil.rmtree(temporary, ignore_errors=True)
                 return (
@@ -324,6 +324,13 @@ class Writer:
             return (None if final.exists() else error.strerror or str(error)), False
         self._prune(best)
         return None, False
+
+    def _fence_holder(self) -> dict[str, Any]:
+        """The newest attempt's mark, by which it alone may publish and remove."""
+        try:
+            return rundir.read_json(self._fence) or {}
+        except (OSError, ValueError):
+            return {}
 
     def _prune(self, best: int | None) -> None:
         """What is not needed any more; that it cannot be removed harms nothing."""

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -74,7 +75,10 @@ class Identity(Section):
         ):
             was, now = getattr(saved, name), getattr(self, name)
             if was != now and name == "classes":
-                return f"the classes were {_few(was)}, now {_few(now)}"
+                pairs = enumerate(zip(was, now, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), min(len(was), len(now)))
+                old, new = (repr(names[at]) if at < len(names) else "none" for names in (was, now))
+                return f"the classes were {len(was)}, now {len(now)}; number {at} was {old}, now {new}"
             if was != now:
                 short = 12 if name == "data" else None
                 return f"the {what} was {str(was)[:short]}, now {str(now)[:short]}"
@@ -155,6 +159,8 @@ def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Raises Damaged."""
     if not folder.is_dir():
         raise Damaged("it is not there")
+    if (folder / _NAME).exists() and not (folder / _NAME).is_file():
+        raise Damaged(f"{_NAME} is no file")
     try:
         record = rundir.read_json(folder / _NAME)
     except (ValueError, OSError, AttributeError, TypeError, RecursionError) as error:
@@ -187,13 +193,10 @@ def fault(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
     for name in names:
         path, told = folder / name, manifest.files[name]
         try:
-            size = path.stat().st_size
-            if size != told.bytes:
-                return f"{name} has {size:,} bytes instead of {told.bytes:,}"
+            if reason := _size_fault(path, told):
+                return reason
             if sha256(path) != told.sha256:
                 return f"{name} has other content than was saved"
-        except FileNotFoundError:
-            return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
@@ -272,14 +275,15 @@ def superfluous(whole: list[int], damaged: list[int], keep: int, best: int | Non
 
 def _size_fault(path: Path, told: File) -> str | None:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError as error:
-        return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name}: {error.strerror}"
-    return None if size == told.bytes else f"{path.name} has {size:,} bytes instead of {told.bytes:,}"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        gone = isinstance(error, FileNotFoundError)
+        return f"{path.name} is missing" if gone else f"{path.name} cannot be read ({error.strerror})"
+    if not stat.S_ISREG(status.st_mode):  # a pipe, or a link to a device, would be read for ever
+        return f"{path.name} is no file"
+    if status.st_size != told.bytes:
+        return f"{path.name} has {status.st_size:,} bytes instead of {told.bytes:,}"
+    return None
 
 
 def _first_of_groups(was: list[Group], now: list[Group]) -> str | None:

@@ -214,19 +214,9 @@ def _attempt(
         session.evaluations.forget_after(resumed.step if resumed else 0)
     _introduce(session, about, resumed, passed_over)
 
-    # the loop
-    summary = None
+    # the loop, and what a finished run leaves
     try:
-        reason = _loop(session)
-        if not reason:
-            session.writer.wait()
-            _tell_saves(session)
-            ended = session.engine.steps
-            summary = _export(session, began)
-    except Interrupted:
-        if session.engine.steps > (session.writer.newest or 0):
-            _save(session)
-        reason = _reason(session)
+        return _to_the_end(session, began)
     except DataFailed as error:  # out of a loader process it comes with that one's traceback before it
         raise TrainingFailed(str(error).strip().splitlines()[-1].split("DataFailed: ")[-1]) from error
     except Diverged as error:
@@ -237,18 +227,33 @@ def _attempt(
         raise RuntimeError(f"fault after step {session.engine.steps}: {error}") from error
     finally:
         session.writer.close()
-    if summary is None:
-        _stop(session, reason or "")
-    else:
-        journal.record(state="done", step=ended, summary=summary, ended=rundir.now())
-    return summary
+
+
+def _to_the_end(s: Session, began: float) -> dict[str, float] | None:
+    """Train, evaluate, export; returns the figures of the finished run, None if it was stopped, with a checkpoint."""
+    try:
+        reason = _loop(s)
+        if reason is None:
+            s.writer.wait()
+            _tell_saves(s)
+            ended = s.engine.steps
+            summary = _export(s, began)
+            s.journal.record(state="done", step=ended, summary=summary, ended=rundir.now())
+            return summary
+    except Interrupted:
+        if s.engine.steps > (s.writer.newest or 0):
+            _save(s)
+        reason = _reason(s)
+    _stop(s, reason)
+    return None
 
 
 def _stop(s: Session, reason: str) -> None:
     """Wait for the checkpoint of the last step, and say what the run goes on from."""
     s.progress("saving", long=True)
     s.writer.wait()
-    step, newest = s.engine.steps, s.writer.newest
+    newest = s.writer.newest
+    step = max(s.engine.steps, newest or 0)  # in the last evaluation of all, the weights may be those of the best step
     failed = _tell_saves(s)
     saved = "checkpoint saved"
     if failed:
