@@ -501,12 +501,14 @@ def fail_at(number: int, how: str) -> list[str]:
     return seen
 
 
-def in_fork(work: Callable[[], Any]) -> int:
-    """`work()` in a fork of this process; its exit status as `os.waitstatus_to_exitcode` tells it."""
+def in_fork(work: Callable[[], Any], bound_s: int = 60) -> int:
+    """`work()` in a fork of this process; its exit status as `os.waitstatus_to_exitcode` has it, or -14."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(bound_s)
             work()
             code = 0
         except BaseException:

@@ -521,11 +521,47 @@ def test_R9_a_writer_of_an_older_attempt_publishes_nothing(tmp_path: Path) -> No
     of_heir.wait()
     assert [outcome.fault for outcome in of_heir.news()] == [None]
     assert manifest.read(run.checkpoints / "step-00000004").attempt == 2
-    # and it takes nothing away either, though it thinks that it has saved this step
-    of_zombie.began_at(zombie.steps)
-    before = manifest.steps(run)
+
+
+def test_R9_a_writer_of_an_older_attempt_takes_nothing_away(tmp_path: Path) -> None:
+    """It has saved its step, so that there is nothing to write, and does not know the best one of its heir."""
+    run = saved(tmp_path / "run")
+    zombie, _ = go_on(run)
+    of_zombie = writer_of(run, zombie, attempt=1)
+    zombie.update()
+    of_zombie.save({}, best=4)
+    of_zombie.wait()
+    heir, _ = go_on(run)
+    of_heir = writer_of(run, heir, attempt=2)
+    for _ in range(3):
+        heir.update()
+        of_heir.save({}, best=4)
+        of_heir.wait()
+    assert manifest.steps(run) == [7, 6, 4]
     of_zombie.save({}, best=None)
-    assert manifest.steps(run) == before
+    assert manifest.steps(run) == [7, 6, 4]
+
+
+@pytest.mark.parametrize(("name", "what"), [(FILES[0], "pipe"), (FILES[1], "pipe"), (FILES[1], "endless")])
+def test_C14_what_is_no_file_is_not_read(tmp_path: Path, name: str, what: str) -> None:
+    """A pipe would wait for ever, and /dev/zero, which has 0 bytes by its size, never ends."""
+    run = saved(tmp_path / "run")
+    victim = run.checkpoints / "step-00000003" / name
+    record = json.loads((run.checkpoints / "step-00000003" / "manifest.json").read_text())
+    record["files"]["rank-0.safetensors"]["bytes"] = 0
+    (run.checkpoints / "step-00000003" / "manifest.json").write_text(json.dumps(record))
+    victim.unlink()
+    if what == "pipe":
+        os.mkfifo(victim)
+    else:
+        victim.symlink_to("/dev/zero")
+    code = interrupt_workers.in_fork(lambda: check_passed_over(run), bound_s=20)
+    assert code == 0
+
+
+def check_passed_over(run: RunDir) -> None:
+    state, passed_over = go_on(run)
+    assert (state.steps, len(passed_over)) == (2, 1)
 
 
 def test_R9_a_writer_that_is_overtaken_in_its_save_publishes_nothing(tmp_path: Path) -> None:
