@@ -66,6 +66,7 @@ POLL_S = 0.002
 
 REFUSALS = (rundir.EXIT_REFUSED, rundir.EXIT_DO_NOT_REQUEUE)
 HELD = r"is being trained by another process"
+_OWN_FRAME = re.compile(r'^ *(\[rank\d+\]: *)?File ".*/vitdist/\w+\.py"', re.MULTILINE)
 
 
 # ---- what is done to a run -------------------------------------------------------------------------
@@ -871,7 +872,7 @@ class Round:
 
     def _refused(self, start: Start, codes: list[int], told: str, output: str) -> bool:
         plan = self.plan
-        if "Traceback" in output:
+        if _OWN_FRAME.search(output):  # torchrun's own traceback is not ours to spare
             self._wrong(f"a refusal with a traceback: {_last(output)}")
         if plan.try_again and re.search(plan.try_again, told):
             _until(lambda: not processes_of(self.folder), START_S[self.where])
@@ -1007,11 +1008,12 @@ def _fill(folder: Path) -> None:
 # ---- many rounds -----------------------------------------------------------------------------------
 
 
-def play(where: str, numbers: Sequence[int], seed: int, minutes: float, keep: bool) -> tuple[list[Outcome], Straight]:
-    """The undisturbed run, and rounds until `minutes` are over; each violation is told at once."""
+def play(where: str, numbers: Sequence[int], seed: int, minutes: float, keep: bool) -> int:
+    """The undisturbed run, and rounds until `minutes` are over, each published; returns the number of violations."""
     base = Path(tempfile.mkdtemp(prefix="vitdist-chaos-"))
     deadline = time.monotonic() + 60 * minutes
     outcomes: list[Outcome] = []
+    found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         # Whatever happens, the folder goes.
         stack.callback(print if keep else shutil.rmtree, f"kept: {base}" if keep else base)
@@ -1028,6 +1030,7 @@ def play(where: str, numbers: Sequence[int], seed: int, minutes: float, keep: bo
             made, folder = plan(seed, number, reference.seconds, where), base / f"round-{number:03d}"
             outcome = Round(folder, shards, number, made, where, reference, environment).play()
             outcomes.append(outcome)
+            found = publish(where, seed, outcomes, reference)
             print(
                 f"round {number:3} {made.kind:28} {outcome.verdict:16} {outcome.starts} starts, {outcome.lost} steps "
                 f"lost, {outcome.seconds:.0f} s",
@@ -1041,7 +1044,8 @@ def play(where: str, numbers: Sequence[int], seed: int, minutes: float, keep: bo
                 print(f"  again: python -m benchmarks.chaos --where {where} --seed {seed} --only {number}", flush=True)
             if not (outcome.violations and keep):
                 shutil.rmtree(folder, ignore_errors=True)
-        return outcomes, reference
+        print(table(found.get("disturbances", {})))
+        return sum(outcome.verdict == "violation" for outcome in outcomes)
 
 
 def _warm_up() -> None:
@@ -1088,16 +1092,21 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def publish(where: str, seed: int, found: dict[str, Any]) -> Path:
-    """Put the rounds of one place into today's result, beside those of other places; returns the file."""
+def publish(where: str, seed: int, outcomes: Sequence[Outcome], reference: Straight) -> dict[str, Any]:
+    """Add rounds of one place to today's result, in the place of the same ones; returns what is told of the place."""
     path = newest_result()
     about: dict[str, Any] = json.loads(path.read_text()) if path else {}
     if about.get("date") != f"{datetime.now(UTC):%Y-%m-%d}":
         about = {}
-    places = {name: about[name] for name in PLACES if name in about} | {where: {"seed": seed, **found}}
+    places = {name: about[name] for name in PLACES if name in about}
+    played = places.get(where, {}).get("played", {})
+    told = ("kind", "verdict", "reason", "violations", "starts", "lost", "seconds")
+    played |= {f"seed {seed}, round {o.number}": {name: getattr(o, name) for name in told} for o in outcomes}
+    everything = [Outcome(number=0, **each) for each in played.values()]
+    places[where] = summary(everything, reference) | {"played": played}
     with contextlib.redirect_stdout(None):
         results.publish("chaos", places)
-    return newest_result() or PICTURE
+    return places[where]
 
 
 def newest_result() -> Path | None:
@@ -1177,7 +1186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="no round begins after so many minutes")
     parser.add_argument("--where", choices=tuple(PLACES), default="forked")
-    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these rounds alone; nothing is published")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these rounds alone")
     parser.add_argument("--keep", action="store_true", help="keep the folders of rounds with violations")
     parser.add_argument("--picture", action="store_true", help="only draw the newest result")
     args = parser.parse_args(argv)
@@ -1187,13 +1196,9 @@ def main(argv: list[str] | None = None) -> int:
         from tests import ranks
 
         ranks._context.set_forkserver_preload([*ranks._PRELOAD, "wandb", "tests.chaos_workers"])
-    outcomes, reference = play(args.where, args.only or range(args.rounds), args.seed, args.minutes, args.keep)
-    found = summary(outcomes, reference)
-    print(table(found["disturbances"]))
-    if not args.only:
-        print(publish(args.where, args.seed, found))
-        _draw()
-    return 1 if found["violations"] else 0
+    violations = play(args.where, args.only or range(args.rounds), args.seed, args.minutes, args.keep)
+    _draw()
+    return 1 if violations else 0
 
 
 def _draw() -> int:
