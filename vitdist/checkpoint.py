@@ -154,7 +154,7 @@ class Writer:
         step = self._engine.steps
         self.wait()
         if self._saved == step:
-            if self._me.first and self._fence_holder().get("token") == self._token:
+            if self._me.first:
                 self._prune(best)
             return
         header, body = self._copy()
@@ -306,8 +306,8 @@ class Writer:
         """Rank 0: manifest, rename, pointer. Returns (why it failed, whether a newer attempt has taken over)."""
         try:
             record = record | {"files": {name: file.model_dump() for name, file in files.items()}}
-            rundir.publish_json(temporary / "manifest.json", record)
-            fence = self._fence_holder()
+            rundir.publish_json(temporary / "manifest.json", record | {"digest": manifest.own_digest(record)})
+            fence = rundir.read_json(self._fence) or {}
             if fence.get("token") != self._token:
                 shutil.rmtree(temporary, ignore_errors=True)
                 return (
@@ -319,21 +319,19 @@ class Writer:
             os.rename(temporary, final)
             rundir.sync_folder(self._run.checkpoints)
             rundir.publish(self._run.checkpoints / "latest", final.name + "\n")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            return (None if final.exists() else error.strerror or str(error)), False
+            return (None if final.exists() else getattr(error, "strerror", None) or str(error)), False
         self._prune(best)
         return None, False
 
-    def _fence_holder(self) -> dict[str, Any]:
-        """The newest attempt's mark, by which it alone may publish and remove."""
-        try:
-            return rundir.read_json(self._fence) or {}
-        except (OSError, ValueError):
-            return {}
-
     def _prune(self, best: int | None) -> None:
-        """What is not needed any more; that it cannot be removed harms nothing."""
+        """What is not needed any more, unless a newer attempt has taken over; what cannot be removed harms nothing."""
+        try:
+            if (rundir.read_json(self._fence) or {}).get("token") != self._token:
+                return
+        except (OSError, ValueError):
+            return
         entries = list(manifest.entries(self._run, thorough=False))
         whole = [entry.step for entry in entries if entry.fault is None]
         damaged = [entry.step for entry in entries if entry.fault]

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -126,6 +126,8 @@ class Manifest(Section):
     """Id of the W&B run."""
     versions: dict[str, str | None]
     files: dict[str, File]
+    digest: str
+    """Of all the rest: a flipped bit in a number here would be resumed like one in a file."""
 
 
 class Entry(NamedTuple):
@@ -141,6 +143,11 @@ class Entry(NamedTuple):
 def digest(value: Any) -> str:
     """16 hexadecimal digits of SHA-256 of what can be written as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def own_digest(record: Mapping[str, Any]) -> str:
+    """The digest of a manifest's record, by all fields but `digest` and `schema`, which rundir adds."""
+    return digest({name: value for name, value in record.items() if name not in ("digest", "schema")})
 
 
 def name_of(step: int) -> str:
@@ -169,6 +176,8 @@ def read(folder: Path) -> Manifest:
         raise Damaged(f"{_NAME} is missing")
     if record.get("format") != FORMAT:
         raise Damaged(f"{_NAME} is of another version of vitdist (format {record.get('format', 1)}, not {FORMAT})")
+    if record.get("digest") != own_digest(record):
+        raise Damaged(f"{_NAME} has other content than was saved")
     try:
         manifest = Manifest.model_validate(record, strict=True)
     except ValidationError as error:
