@@ -859,6 +859,8 @@ class Round:
         if struck or filled:
             if plan.hang and struck:
                 self._see_hang()
+            if filled:
+                self._see_full_disk(output)
             if plan.unharmed:
                 self._wrong(f"start {start.number} did not survive: {codes}, {_last(output)}")
             if plan.damage and not self._spoilt and start.number == 0:
@@ -890,6 +892,13 @@ class Round:
         victim = self.plan.blows[0].signals[0][1]
         if not found or found.word != "hang" or f"rank {found.rank}" != victim:
             self._wrong(f"the hang of {victim} was not named: {faults.line(found) if found else 'no fault noted'}")
+
+    def _see_full_disk(self, output: str) -> None:
+        """A start that a full disk has ended says so, in its record or, where that had no room, in its output."""
+        attempts = self.run.attempts()
+        found = faults.root(faults.read(attempts[-1])) if attempts else None
+        if not (found and found.word == "disk_full") and not re.search(self.plan.try_again or "", output):
+            self._wrong(f"the full disk was not named: {faults.line(found) if found else _last(output)}")
 
     def _watch_checkpoints(self, number: int) -> None:
         """Between two starts: what was whole is whole, or newer ones have taken its place."""
