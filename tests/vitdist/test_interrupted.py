@@ -151,8 +151,10 @@ def everything() -> list[Any]:
         draw = random.Random(number)
         last = LAST if name == "KILL" else draw.choices(LAST)
         within = [f"step+{draw.randint(1, 4)}", *WITHIN]
-        found.append((44, world, zero, precision, who, " ".join([name, *BEFORE, *within, *last])))
-    return [pytest.param(*case, marks=pytest.mark.full) for case in found]
+        points = " ".join([name, *BEFORE, *within, *last])
+        told = f"{name}-{world}-{who}-{zero}-{precision}"
+        found.append(pytest.param(44, world, zero, precision, who, points, id=told, marks=pytest.mark.full))
+    return found
 
 
 @pytest.mark.parametrize(("steps", "world", "zero", "precision", "who", "points"), [*SAMPLE, *everything()])
