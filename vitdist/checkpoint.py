@@ -468,7 +468,10 @@ def _load(folder: Path, found: Manifest, engine: "Engine", me: Processes, identi
         )
     source = _Pieces(folder, found)
     own = {"master", "average", "frozen", "buffer", "rng"}
-    kinds = {key.partition("/")[0] for key in source} - own
+    kinds = {key.partition("/")[0] for key in source}
+    if found.average != ("average" in kinds):
+        raise Damaged(f"{folder} is not what its manifest says (average of the weights: {found.average})")
+    kinds -= own
 
     def fill(pieces: "dict[str, Piece]") -> None:
         for key, piece in pieces.items():

@@ -22,7 +22,7 @@ from tests import interrupt_workers, ranks, workers
 from tests.interrupt_workers import State, go_on, identity_of, save_states, writer_of
 from vitdist import checkpoint, manifest, model, optim
 from vitdist.checkpoint import Fenced, NoCheckpoint, SaveFailed
-from vitdist.manifest import Damaged, Identity
+from vitdist.manifest import Damaged, Identity, Manifest
 from vitdist.rundir import RunDir
 
 
@@ -132,7 +132,7 @@ def test_C4_a_file_that_is_cut_empty_or_gone_is_passed_over_by_name(
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("place", [0.0, 0.0001, 0.01, 0.3, 0.9, 1.0])
 def test_C5_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str, place: float) -> None:
-    """In the length, the header, the values; in the manifest: a bit of a letter may make other JSON, never a whole."""
+    """In the length, the header, the values; in the manifest too, which holds a digest of itself."""
     run = saved(tmp_path / "run")
     victim = run.checkpoints / "step-00000003" / name
     flip(place)(victim)
@@ -140,9 +140,11 @@ def test_C5_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str, pla
     if passed_over:
         assert state.steps == 2
         assert passed_over[0].startswith("step-00000003: ")
-    else:  # a space between two fields became another blank, or a letter of a note another one: all values are there
+    else:  # a blank between two fields became another blank
         assert name == "manifest.json"
         assert state.steps == 3
+        folder = victim.parent
+        assert manifest.read(folder) == Manifest.model_validate(json.loads((folder / name).read_text()))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,12 @@ def signed(run: RunDir, step: int, **changes: Any) -> None:
     for name, told in record["files"].items():
         if (folder / name).is_file():
             told.update(bytes=(folder / name).stat().st_size, sha256=manifest.sha256(folder / name))
-    (folder / "manifest.json").write_text(json.dumps(record | changes))
+    (folder / "manifest.json").write_text(json.dumps(sealed(record | changes)))
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """With the digest that belongs to it, which anybody can compute."""
+    return record | {"digest": manifest.own_digest(record)}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -305,7 +312,7 @@ def test_C14_no_manifest_breaks_the_look_for_whole_ones(three: RunDir, record: A
     good = path.read_text()
     if data is not None and data.draw(st.booleans()):
         fields = json.loads(good)
-        record = fields | {data.draw(st.sampled_from(sorted(fields))): record}
+        record = sealed(fields | {data.draw(st.sampled_from(sorted(fields))): record})
     try:
         path.write_text(json.dumps(record))
         told = manifest.verify(path.parent)
@@ -549,7 +556,7 @@ def test_C14_what_is_no_file_is_not_read(tmp_path: Path, name: str, what: str) -
     victim = run.checkpoints / "step-00000003" / name
     record = json.loads((run.checkpoints / "step-00000003" / "manifest.json").read_text())
     record["files"]["rank-0.safetensors"]["bytes"] = 0
-    (run.checkpoints / "step-00000003" / "manifest.json").write_text(json.dumps(record))
+    (run.checkpoints / "step-00000003" / "manifest.json").write_text(json.dumps(sealed(record)))
     victim.unlink()
     if what == "pipe":
         os.mkfifo(victim)

@@ -130,9 +130,7 @@ AUGMENTED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "settings", [pytest.param([], marks=pytest.mark.full), AUGMENTED], ids=["plain", "augmented"]
-)
+@pytest.mark.parametrize("settings", [pytest.param([], marks=pytest.mark.full), AUGMENTED], ids=["plain", "augmented"])
 def test_worlds_see_the_same_losses(tmp_path: Path, recipe: Path, settings: list[str]) -> None:
     for name, world, more in (("one", 1, []), ("two", 2, ["train.accumulation=3"]), ("three", 3, [])):
         codes, text = train(tmp_path, world, str(recipe), "--name", name, *settings, *more)
