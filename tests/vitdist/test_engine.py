@@ -23,7 +23,7 @@ def golden() -> list[float]:
 
 
 @pytest.mark.parametrize(("zero", "world"), ranks.matrix({(0, 2), (1, 2), (2, 2), (3, 2), (2, 1)}, range(4), (1, 2, 4)))
-def test_losses_are_golden(zero: int, world: int) -> None:
+def test_N4_losses_are_golden(zero: int, world: int) -> None:
     found = ranks.run(workers.losses, world, {"engine.zero": zero, **ACCUMULATED}, 10)[0]
     assert found == pytest.approx(golden(), abs=TOLERANCE)
     assert found[-1] < found[0] - 0.1

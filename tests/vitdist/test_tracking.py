@@ -519,7 +519,7 @@ def test_W5_a_killed_trainer_loses_at_most_the_last_second(tmp_path: Path, wandb
     assert len(lines(run)) == logs_workers.ROWS
 
 
-def test_W7_starts_in_the_same_second_share_the_run_and_keep_their_rows(
+def test_W6_W7_starts_in_the_same_second_share_the_run_and_keep_their_rows(
     tmp_path: Path, wandb_home: pytest.MonkeyPatch
 ) -> None:
     run = RunDir(tmp_path / "run")
