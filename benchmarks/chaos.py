@@ -64,6 +64,7 @@ GONE_S = 30.0
 TMPFS = "16m"
 POLL_S = 0.002
 
+MISSED = "missed"
 REFUSALS = (rundir.EXIT_REFUSED, rundir.EXIT_DO_NOT_REQUEUE)
 HELD = r"is being trained by another process"
 _OWN_FRAME = re.compile(r'^ *(\[rank\d+\]: *)?File ".*/vitdist/\w+\.py"', re.MULTILINE)
@@ -150,7 +151,7 @@ def moment(rng: random.Random, duration_s: float, least: int = 1) -> Moment:
     kind = rng.choices(("step", "save", "delay"), (4, 3, 3))[0]
     step = rng.randint(least, STEPS - 2)
     if kind == "delay" and least == 1:
-        return Moment("delay", rng.uniform(0.1, 1.0) * duration_s)
+        return Moment("delay", rng.uniform(0.1, 0.8) * duration_s)
     return Moment("save", step) if kind == "save" and step < STEPS - SAVE_EVERY else Moment("step", step)
 
 
@@ -653,7 +654,7 @@ class Outcome:
     number: int
     kind: str
     verdict: str = ""
-    """`same weights`, `refused by name` or `violation`."""
+    """`same weights`, `refused by name`, `violation`, or MISSED."""
     reason: str = ""
     """Of a refusal."""
     violations: list[str] = field(default_factory=list)
@@ -792,7 +793,8 @@ class Round:
         if outcome.violations:
             outcome.verdict = "violation"
         elif not outcome.verdict:
-            outcome.verdict = "same weights"
+            # A moment that did not come before the end of the run tells nothing: the round is not counted.
+            outcome.verdict = "same weights" if outcome.hits else MISSED
         return outcome
 
     def _wrong(self, text: str) -> None:
@@ -1069,6 +1071,7 @@ def _warm_up() -> None:
 def summary(outcomes: Sequence[Outcome], reference: Straight) -> dict[str, Any]:
     """What is published of the rounds of one place."""
     rows: dict[str, dict[str, Any]] = {}
+    outcomes = [outcome for outcome in outcomes if outcome.verdict != MISSED]
     for kind in (*KINDS, *ON_SLURM):
         of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
         if of_kind:
