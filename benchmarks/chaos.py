@@ -925,6 +925,7 @@ class Round:
         if not _until(lambda: not processes_of(self.folder), GONE_S):
             alive = [f"{p.name} ({p.pid})" for p in processes_of(self.folder)]
             self._wrong(f"processes live on {GONE_S:.0f} s after the end: {', '.join(alive)}")
+        self._watch_checkpoints(self.outcome.starts - 1)
         self.outcome.lost = lost_steps(self.run)
         if self.plan.graceful and self.outcome.lost:
             self._wrong(f"a stop that was asked for cost {self.outcome.lost} steps")
