@@ -798,7 +798,7 @@ class Round:
         return outcome
 
     def _wrong(self, text: str) -> None:
-        self.outcome.violations.append(text)
+        self.outcome.violations.append(_without_place(text))
 
     def _world(self, number: int) -> int:
         return self.plan.worlds[min(number, len(self.plan.worlds) - 1)]
@@ -882,7 +882,7 @@ class Round:
             _until(lambda: not processes_of(self.folder), START_S[self.where])
             return False
         if plan.refusal and re.search(plan.refusal, told):
-            self.outcome.verdict, self.outcome.reason = "refused by name", _last(told)
+            self.outcome.verdict, self.outcome.reason = "refused by name", _without_place(_last(told))
         else:
             self._wrong(f"refused for no reason that fits: {codes}, {_last(told) or _last(output)}")
         return True
@@ -981,6 +981,11 @@ def lost_steps(run: RunDir) -> int:
                 if "train/loss" in row:
                     seen.add((row["attempt"], row["train/global_step"]))
     return len(seen) - len({step for _, step in seen})
+
+
+def _without_place(text: str) -> str:
+    """Where the round's folder lay says nothing."""
+    return re.sub(r"/\S*/runs/", "runs/", text)
 
 
 def _last(text: str) -> str:
@@ -1089,7 +1094,7 @@ def summary(outcomes: Sequence[Outcome], reference: Straight) -> dict[str, Any]:
         "starts": sum(o.starts for o in outcomes),
         "violations": sum(o.verdict == "violation" for o in outcomes),
         "undisturbed_seconds": round(reference.seconds, 1),
-        "reasons_of_refusals": sorted({re.sub(r"\S*/runs/", "runs/", o.reason) for o in outcomes if o.reason}),
+        "reasons_of_refusals": sorted({o.reason for o in outcomes if o.reason}),
         "disturbances": rows,
     }
 
@@ -1183,7 +1188,7 @@ def picture(result: dict[str, Any]) -> str:
         out.append(f'  <text class="number" x="748" y="{y + 16}">{again:.3g}</text>')
     out.append(
         f'  <text class="quiet" x="12" y="{height - 30}">Steps done again: medians, of several places weighted by '
-        "rounds. A full disk keeps checkpoints from being saved.</text>"
+        "rounds. With a full disk nothing can be saved.</text>"
     )
     out.append(
         f'  <text class="quiet" x="12" y="{height - 12}">A round: {STEPS} steps, a checkpoint every {SAVE_EVERY}. '
