@@ -61,7 +61,7 @@ class Trained:
         self.identity = Identity(
             optimizer=s.optim.name,
             global_batch=batch.global_batch,
-            model="benchmark",
+            model={},
             classes=[],
             data="",
             groups=checkpoint.layout(groups),
@@ -71,6 +71,7 @@ class Trained:
         about = {"zero": s.engine.zero, "precision": self.engine.precision, "average": bool(s.optim.ema)}
         about |= {"settings": {}, "settings_digest": "", "versions": {}}
         self.writer = checkpoint.Writer(self.run, self.engine, me, self.identity, s.checkpoint, 0, about)
+        self.writer.claim()
         self.images = torch.randn(batch.micro_batch, 3, 224, 224)
         self.labels = torch.arange(batch.micro_batch)
 
@@ -137,6 +138,7 @@ def resume(me: Processes, folder: Path, rounds: int, cold: bool) -> dict[str, An
         {"exp_avg", "exp_avg_sq"},
         lambda pieces: None,
         {"steps": 7, "skipped": 0, "optimizer": {"step": 7.0}, "loss_scaler": {}},
+        "fp32",
     )
     trained.writer.save({})
     trained.writer.wait()

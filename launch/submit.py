@@ -346,7 +346,8 @@ def _run_folder(plan: Plan, run: RunDir, attempt: int, given: list[str]) -> Iter
                     run.path.parent.rmdir()
         else:
             if before is not None:
-                rundir.publish(run.config, before)
+                with contextlib.suppress(OSError):  # a full disk, of which the error tells that is raised below
+                    rundir.publish(run.config, before)
             # What submitit writes before it has a job id.
             for left in (*run.submitit.glob("[!_]" * 32 + ".pkl"), *run.submitit.glob(".submission_file_*")):
                 if not left.is_symlink():

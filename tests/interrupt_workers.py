@@ -403,7 +403,9 @@ class State:
     def counters(self) -> dict[str, Any]:
         return {"steps": self.steps, "skipped": 0, "optimizer": {"step": float(self.steps)}, "loss_scaler": {}}
 
-    def restore(self, kinds: set[str], fill: Callable[[dict[str, Piece]], None], counters: dict[str, Any]) -> None:
+    def restore(
+        self, kinds: set[str], fill: Callable[[dict[str, Piece]], None], counters: dict[str, Any], precision: str
+    ) -> None:
         assert kinds <= {"exp_avg"}
         fill(self.pieces())
         self.steps = counters["steps"]
@@ -428,7 +430,13 @@ class State:
 def identity_of(state: State) -> Identity:
     group = Group(name="all", lr_scale=1.0, weight_decay=0.0, parameters={"a": state.shape})
     return Identity(
-        optimizer="adamw", global_batch=1, model="model", classes=["x"], data="data", groups=[group], rest={}
+        optimizer="adamw",
+        global_batch=1,
+        model={"model_type": "vit"},
+        classes=["x"],
+        data="data",
+        groups=[group],
+        rest={},
     )
 
 
@@ -439,7 +447,7 @@ ABOUT = {
 
 def writer_of(run: RunDir, state: State, me: Any = None, attempt: int = 0, **settings: Any) -> checkpoint.Writer:
     """A writer of `state`, as an attempt has it."""
-    return checkpoint.Writer(
+    written = checkpoint.Writer(
         run,
         state,
         me or Alone(),
@@ -448,6 +456,9 @@ def writer_of(run: RunDir, state: State, me: Any = None, attempt: int = 0, **set
         attempt,
         ABOUT,  # type: ignore[arg-type]
     )
+    if written._me.first:
+        written.claim()
+    return written
 
 
 def save_states(run: RunDir, count: int) -> tuple[State, checkpoint.Writer]:

@@ -59,7 +59,7 @@ def build(s: Config, me: dist.Processes, wrong_frozen: bool = False) -> tuple[En
     identity = Identity(
         optimizer=s.optim.name,
         global_batch=batch.global_batch,
-        model="model",
+        model={"model_type": "vit"},
         classes=CLASSES,
         data="data",
         groups=layout,
@@ -82,7 +82,10 @@ def writer(
         "versions": {},
     }
     run.path.mkdir(parents=True, exist_ok=True)
-    return checkpoint.Writer(run, engine, me, identity, Checkpoint(**settings), attempt, about)
+    written = checkpoint.Writer(run, engine, me, identity, Checkpoint(**settings), attempt, about)
+    if me.first:
+        written.claim()
+    return written
 
 
 def save(run: RunDir, engine: Engine, me: dist.Processes, identity: Identity) -> None:

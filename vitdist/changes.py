@@ -38,6 +38,8 @@ RULES: dict[str, Effect] = {
     "model": Effect.CHECKED,
     "model.drop_path": Effect.NOW,
     "model.lora.dropout": Effect.NOW,
+    # The adapters' output is multiplied by alpha / rank: the model would be another, and no shape tells.
+    "model.lora.alpha": Effect.REFUSED,
     "model.gradient_checkpointing": Effect.NOTHING,
     "model.warm_start": Effect.NOTHING,
     "train": Effect.NOW,
@@ -56,6 +58,9 @@ RULES: dict[str, Effect] = {
     "engine.loss_scale_hysteresis": Effect.NOW,
     "engine.hang_s": Effect.NOTHING,
     "evaluation": Effect.NOTHING,
+    # They decide when a run ends.
+    "evaluation.patience": Effect.NOW,
+    "evaluation.best": Effect.NOW,
     # Metrics of two validation sets are not compared: the best step may be another one.
     "data.val": Effect.NOW,
     "checkpoint": Effect.NOTHING,
@@ -91,9 +96,11 @@ def between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     One that did not exist when the old ones were written counts as its default.
     """
     found = []
-    for name, _, _, _ in config.flat(Config):
+    for name, _, default, _ in config.flat(Config):
         before, after = _get(old, name), _get(new, name)
-        if before is not _MISSING and after is not _MISSING and before != after:
+        if before is _MISSING:
+            before = config.to_plain(default)
+        if after is not _MISSING and before != after:
             found.append(Change(name, before, after, effect(name)))
     return found
 

@@ -20,10 +20,10 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,6 +83,8 @@ class Resumed:
 
     step: int
     manifest: Manifest
+    damaged: tuple[int, ...]
+    """Steps of those that were passed over."""
 
 
 # ---- what a checkpoint belongs to ------------------------------------------------------------------
@@ -135,14 +137,18 @@ class Writer:
         self._error: BaseException | None = None
         self._news: list[Outcome] = []
         self._saved: int | None = None
+        self._damaged: set[int] = set()
+        """By their content, of which a look at sizes knows nothing."""
         self._token = secrets.token_hex(8) if me.first else ""
-        if me.first:
-            run.checkpoints.mkdir(exist_ok=True)
-            rundir.publish_json(self._fence, {"attempt": attempt, "token": self._token})
 
     @property
     def _fence(self) -> Path:
         return self._run.checkpoints / "writer.json"
+
+    def claim(self) -> None:
+        """Rank 0, before anything is read: from now on no earlier attempt publishes a checkpoint. Raises OSError."""
+        self._run.checkpoints.mkdir(exist_ok=True)
+        rundir.publish_json(self._fence, {"attempt": self._attempt, "token": self._token})
 
     def save(self, position: dict[str, float], best: int | None = None) -> None:
         """Take a checkpoint of the step just done, unless there is one; the step of `best` is kept beside the newest.
@@ -214,9 +220,9 @@ class Writer:
         """Step of the newest checkpoint that this attempt has seen published or resumed from."""
         return self._saved
 
-    def began_at(self, step: int) -> None:
-        """The attempt goes on from the checkpoint of `step`."""
-        self._saved = step
+    def began_at(self, resumed: Resumed) -> None:
+        """The attempt goes on from there."""
+        self._saved, self._damaged = resumed.step, set(resumed.damaged)
 
     # The state in host memory, in the order of the file that it becomes.
 
@@ -283,8 +289,8 @@ class Writer:
         try:
             temporary.mkdir(exist_ok=True)
             mine = write_file(temporary / manifest.file_of(me.rank), header, body), None
-        except OSError as error:
-            mine = None, error.strerror or str(error)
+        except Exception as error:  # whatever it is: the others wait for this rank's vote
+            mine = None, getattr(error, "strerror", None) or repr(error)
         votes = me.gather(mine, group)
         faults = [(rank, text) for rank, (_, text) in enumerate(votes) if text]
         if faults:
@@ -304,9 +310,12 @@ class Writer:
         self, temporary: Path, final: Path, record: dict[str, Any], files: dict[str, File], best: int | None
     ) -> tuple[str | None, bool]:
         """Rank 0: manifest, rename, pointer. Returns (why it failed, whether a newer attempt has taken over)."""
+        published = False
         try:
             record = record | {"files": {name: file.model_dump() for name, file in files.items()}}
-            rundir.publish_json(temporary / "manifest.json", record | {"digest": manifest.own_digest(record)})
+            record["digest"] = manifest.own_digest(record)
+            Manifest.model_validate({"schema": rundir.SCHEMA, **record})  # what no start could read is no checkpoint
+            rundir.publish_json(temporary / "manifest.json", record)
             fence = rundir.read_json(self._fence) or {}
             if fence.get("token") != self._token:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -317,11 +326,13 @@ class Writer:
             if final.exists():  # a damaged one: a whole one would have been resumed
                 manifest.remove(final)
             os.rename(temporary, final)
+            published = True
+            self._damaged.discard(int(record["step"]))
             rundir.sync_folder(self._run.checkpoints)
             rundir.publish(self._run.checkpoints / "latest", final.name + "\n")
         except (OSError, ValueError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            return (None if final.exists() else getattr(error, "strerror", None) or str(error)), False
+            return (None if published else getattr(error, "strerror", None) or str(error)), False
         self._prune(best)
         return None, False
 
@@ -333,8 +344,8 @@ class Writer:
         except (OSError, ValueError):
             return
         entries = list(manifest.entries(self._run, thorough=False))
-        whole = [entry.step for entry in entries if entry.fault is None]
-        damaged = [entry.step for entry in entries if entry.fault]
+        whole = [entry.step for entry in entries if entry.fault is None and entry.step not in self._damaged]
+        damaged = [entry.step for entry in entries if entry.step not in whole]
         for step in manifest.superfluous(whole, damaged, self._settings.keep, best):
             try:
                 manifest.remove(self._run.checkpoints / manifest.name_of(step))
@@ -377,15 +388,16 @@ def resume(
     """
     if me.first:
         manifest.clean(run)
-    passed_over = []
+    passed_over, damaged = [], []
     for step in me.from_first(manifest.steps(run) if me.first else None):
         folder = run.checkpoints / manifest.name_of(step)
         found, fault = _inspect(folder, me)
         if found is None:
             passed_over.append(f"{folder.name}: {fault}")
+            damaged.append(step)
             continue
         _load(folder, found, engine, me, identity, seed)
-        return Resumed(step, found), passed_over
+        return Resumed(step, found, tuple(damaged)), passed_over
     if passed_over:
         raise NoCheckpoint(
             f"{run.checkpoints}: no checkpoint can be resumed: {'; '.join(passed_over)}. "
@@ -466,12 +478,8 @@ def _load(folder: Path, found: Manifest, engine: "Engine", me: Processes, identi
             f"{folder.name} cannot be continued: {difference}. Use what the run began with, or start another run "
             f"(--name) from its weights: model.warm_start={folder}"
         )
-    source = _Pieces(folder, found)
-    own = {"master", "average", "frozen", "buffer", "rng"}
-    kinds = {key.partition("/")[0] for key in source}
-    if found.average != ("average" in kinds):
-        raise Damaged(f"{folder} is not what its manifest says (average of the weights: {found.average})")
-    kinds -= own
+    source = cast(_Pieces, _alike(me, lambda: _Pieces(folder, found)))
+    kinds = {key.partition("/")[0] for key in source} - {"master", "average", "frozen", "buffer"}
 
     def fill(pieces: "dict[str, Piece]") -> None:
         for key, piece in pieces.items():
@@ -480,12 +488,25 @@ def _load(folder: Path, found: Manifest, engine: "Engine", me: Processes, identi
                 key = f"master/{name}"
             source.fill(key, piece.offset, piece.values)
 
-    engine.restore(kinds, fill, found.counters.model_dump())
+    engine.restore(kinds, lambda pieces: _alike(me, lambda: fill(pieces)), found.counters.model_dump(), found.precision)
     if found.world == me.world:
-        _set_random_state(source.random_state(me.rank))
+        _alike(me, lambda: _set_random_state(source.random_state(me.rank)))
     else:
         torch.manual_seed(hash((seed, found.step, me.rank)) % 2**63)
     assert engine.steps == found.step
+
+
+def _alike(me: Processes, work: Callable[[], Any]) -> Any:
+    """`work()` on each rank. Raises Damaged on all if one cannot: the others would wait in the next collective."""
+    result, fault = None, None
+    try:
+        result = work()
+    except Damaged as error:
+        fault = str(error)
+    faults = [text for text in me.gather(fault) if text]
+    if faults:
+        raise Damaged(faults[0])
+    return result
 
 
 class _Pieces:
@@ -520,6 +541,9 @@ class _Pieces:
             ) as error:
                 raise Damaged(f"{path} is not what its manifest says ({error})") from None
 
+        if found.average != any(key.startswith("average/") for key in self._where):
+            raise Damaged(f"{folder} is not what its manifest says (average of the weights: {found.average})")
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
@@ -530,6 +554,9 @@ class _Pieces:
         return self._where[key][0][1].dtype
 
     def random_state(self, rank: int) -> dict[str, torch.Tensor]:
+        """Raises Damaged if there is none."""
+        if rank not in self._random:
+            raise Damaged(f"{self._folder}: rank {rank} has no random state")
         return self._random[rank]
 
     def fill(self, key: str, offset: int, into: torch.Tensor) -> None:
@@ -556,6 +583,9 @@ def _random_state() -> dict[str, torch.Tensor]:
 
 
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    try:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise Damaged(f"the random state cannot be set ({str(error).splitlines()[0]})") from None

@@ -338,13 +338,14 @@ class Engine:
                 weights[name] = buffer.detach().cpu().clone()
         return weights
 
-    def pieces(self) -> dict[str, Piece]:
+    def pieces(self, everywhere: bool = False) -> dict[str, Piece]:
         """What this rank holds of the state of training, by `kind/parameter`: live views, to be copied or filled.
 
         Kinds: master (the fp32 weights), average, what the optimizer keeps of each weight (exp_avg, exp_avg_sq,
         momentum_buffer), frozen (as the model holds it), buffer. Over all ranks they are whole; without ZeRO each rank
-        has all of it.
+        has all of it. Of what is alike on all ranks, rank 0 alone tells, unless `everywhere`, to fill it.
         """
+        tells = self.replicated or everywhere or self._rank == 0
         assert not self._averages_are_in, "the weights are the averages: not to be taken for weights"
         kinds = {"master": self._masters(), **self._optimizer_states()}
         if self._averages:
@@ -354,10 +355,10 @@ class Engine:
             for name, piece in self._fragments(tensors).items():
                 found[f"{kind}/{name}"] = piece
         for name, parameter in self._engine.module.named_parameters():
-            if not parameter.requires_grad and (part := self._frozen(parameter)):
+            if not parameter.requires_grad and (part := self._frozen(parameter, tells)):
                 found[f"frozen/{name}"] = part
         for name, buffer in self._engine.module.named_buffers():
-            if self._zero == 0 or self._rank == 0:
+            if tells:
                 found[f"buffer/{name}"] = Piece(0, buffer.detach().view(-1))
         return found
 
@@ -375,15 +376,22 @@ class Engine:
             "steps": self.steps,
             "skipped": self.skipped,
             "optimizer": numbers,
-            "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+            "loss_scaler": {
+                # In bf16 without ZeRO it has numbers of no use, None among them.
+                name: value
+                for name in _SCALER
+                if isinstance(value := getattr(scaler, name, None), int | float)
+            },
         }
 
     @torch.no_grad()
-    def restore(self, kinds: set[str], fill: Callable[[dict[str, Piece]], None], counters: dict[str, Any]) -> None:
+    def restore(
+        self, kinds: set[str], fill: Callable[[dict[str, Piece]], None], counters: dict[str, Any], precision: str
+    ) -> None:
         """Take a state of training: `fill` writes into the views it is given. All ranks call it.
 
-        `kinds`: the optimizer's kinds that were saved. Where the state came from another number of ranks, stage or
-        precision makes no difference: every group keeps its own rate, decay and count of steps.
+        `kinds`: the optimizer's kinds that were saved; `precision`: in which it was. Where the state came from another
+        number of ranks, stage or precision makes no difference: every group keeps its own rate, decay and steps.
         """
         still = self._base.state
         for group, masters in zip(self._base.param_groups, self._masters_by_group(), strict=True):
@@ -395,15 +403,16 @@ class Engine:
                 }
         if self._zero == 3:
             self._optimizer._partition_all_parameters()
-        fill(self.pieces())
+        fill(self.pieces(everywhere=True))
         self._compute_with_masters()
         engine, scaler = self._engine, self._scaler()
         engine.global_steps, engine.skipped_steps = counters["steps"], counters["skipped"]
         engine.micro_steps = counters["steps"] * engine.gradient_accumulation_steps()
         engine.global_samples = counters["steps"] * engine.train_batch_size()
-        for name, value in counters["loss_scaler"].items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
+        if precision == self.precision == "fp16":  # one of another precision would scale what was not scaled
+            for name, value in counters["loss_scaler"].items():
+                if hasattr(scaler, name):
+                    setattr(scaler, name, value)
 
     def _optimizer_states(self) -> dict[str, list[torch.Tensor]]:
         """Tensors that the optimizer keeps, kind -> one for each master; {} before the first update."""
@@ -432,9 +441,9 @@ class Engine:
         optimizer = self._optimizer
         return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
-    def _frozen(self, parameter: nn.Parameter) -> Piece | None:
+    def _frozen(self, parameter: nn.Parameter, tells: bool) -> Piece | None:
         if self._zero != 3:
-            return Piece(0, parameter.detach().view(-1)) if self._zero == 0 or self._rank == 0 else None
+            return Piece(0, parameter.detach().view(-1)) if tells else None
         held = parameter.ds_tensor
         offset = self._rank * held.ds_numel
         size = min(held.ds_numel, parameter.ds_numel - offset)

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -28,7 +29,12 @@ FORMAT = 2
 _NAME = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,12})")
 TEMPORARY = ".tmp-"
-_LEFT_OVER = (f"{TEMPORARY}*", ".latest.*", ".writer.json.*")
+# Of published files (rundir.publish) whose writer is the trainer, and of an export.
+_LEFT_OVER = (
+    *(f"checkpoints/{pattern}" for pattern in (f"{TEMPORARY}*", ".latest.*", ".writer.json.*")),
+    *(f".{name}.*" for name in ("config.yaml", "evaluation.json", "evaluations.json", "predictions.npz")),
+    *("attempts/*/.train.json.*", ".report.html.*", ".model.tmp", ".model.old"),
+)
 _CHUNK = 8 << 20
 
 
@@ -56,8 +62,8 @@ class Identity(Section):
 
     optimizer: str
     global_batch: int
-    model: str
-    """Digest of the model's configuration."""
+    model: dict[str, Any]
+    """The model's configuration as transformers has it, without classes, paths and versions."""
     classes: list[str]
     data: str
     """Digest of the training shards with their shares."""
@@ -86,9 +92,10 @@ class Identity(Section):
             return different
         if different := _first_of_shapes(saved.rest, self.rest):
             return different
-        return (
-            None if self.model == saved.model else "the model's configuration (heads, activation, pooling) was another"
-        )
+        now = json.loads(json.dumps(self.model))
+        # Those that both know: another version of transformers may have more.
+        other = next((name for name in sorted(saved.model.keys() & now) if saved.model[name] != now[name]), None)
+        return other and f"{other} of the model's configuration was {saved.model[other]!r}, now {now[other]!r}"
 
 
 class Counters(Section):
@@ -189,7 +196,7 @@ def read(folder: Path) -> Manifest:
         odd = sorted(set(manifest.files) ^ wanted)[0]
         raise Damaged(f"{_NAME} is damaged (files: {odd!r} is not among those of {manifest.world} ranks, or missing)")
     if name_of(manifest.step) != folder.name or manifest.counters.steps != manifest.step:
-        raise Damaged(f"{_NAME} is of step {manifest.step}")
+        raise Damaged(f"{_NAME} is of step {manifest.step}: its folder must be called {name_of(manifest.step)}")
     return manifest
 
 
@@ -256,13 +263,16 @@ def line(entry: Entry, best: bool, verified: bool) -> str:
 
 def left_over(run: RunDir) -> list[Path]:
     """What a killed writer left behind; only for who holds the lock of the run, since one that lives looks the same."""
-    return sorted(path for pattern in _LEFT_OVER for path in run.checkpoints.glob(pattern))
+    return sorted(path for pattern in _LEFT_OVER for path in run.path.glob(pattern))
 
 
 def clean(run: RunDir) -> None:
     """Remove what killed writers left behind. For who holds the lock of the run."""
     for path in left_over(run):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        try:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:  # as NFS does with files that are still open: it costs room, no more
+            print(f"{path} was left by a killed writer and cannot be removed: {error.strerror}", file=sys.stderr)
 
 
 def remove(folder: Path) -> None:

@@ -57,7 +57,7 @@ class Evaluations:
 
     def __init__(self, run: RunDir, publish: Callable[[Path, str], None] = rundir.publish) -> None:
         self._path, self._publish = path(run), publish
-        self._entries: list[dict[str, Any]] = (rundir.read_json(self._path) or {"evaluations": []})["evaluations"]
+        self._entries: list[dict[str, Any]] = _read(self._path)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the evaluation at `step`; of that step and later ones nothing else remains."""
@@ -80,6 +80,13 @@ class Evaluations:
         self._entries = entries
         record = {"schema": rundir.SCHEMA, "evaluations": entries}
         self._publish(self._path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _read(place: Path) -> list[dict[str, Any]]:
+    try:
+        return list((rundir.read_json(place) or {"evaluations": []})["evaluations"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{place} is damaged: put a copy back, or remove it to begin the history anew") from None
 
 
 def record(run: RunDir, step: int, metrics: Mapping[str, float]) -> None:

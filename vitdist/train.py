@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -166,6 +167,7 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
         mark = Mark(0, 0, "starting", math.inf)
         try:
             with _only_writer(run, me), Journal(run, here, me.first) as journal:
+                _of_first(me, lambda: manifest.clean(run))
                 hung = functools.partial(_hung, journal)
                 with Watchdog(here, me.rank, me.world, engine.hang_s, hung) as watchdog:
                     watchdog.mark(0, "starting", LONG * engine.hang_s)
@@ -209,7 +211,7 @@ def _attempt(
     # go on where an earlier attempt stopped
     resumed, passed_over = checkpoint.resume(run, session.engine, me, session.identity, settings.train.seed)
     if resumed:
-        session.writer.began_at(resumed.step)
+        session.writer.began_at(resumed)
     if session.evaluations:
         session.evaluations.forget_after(resumed.step if resumed else 0)
     _introduce(session, about, resumed, passed_over)
@@ -226,7 +228,8 @@ def _attempt(
     except ValueError as error:  # before the loop it is bad input, from there on a fault to be seen whole
         raise RuntimeError(f"fault after step {session.engine.steps}: {error}") from error
     finally:
-        session.writer.close()
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # a second Ctrl-C means now
+            session.writer.close()
 
 
 def _to_the_end(s: Session, began: float) -> dict[str, float] | None:
@@ -241,6 +244,7 @@ def _to_the_end(s: Session, began: float) -> dict[str, float] | None:
             s.journal.record(state="done", step=ended, summary=summary, ended=rundir.now())
             return summary
     except Interrupted:
+        s.writer.wait()  # or ranks might differ in what they know of it
         if s.engine.steps > (s.writer.newest or 0):
             _save(s)
         reason = _reason(s)
@@ -254,9 +258,9 @@ def _stop(s: Session, reason: str) -> None:
     s.writer.wait()
     newest = s.writer.newest
     step = max(s.engine.steps, newest or 0)  # in the last evaluation of all, the weights may be those of the best step
-    failed = _tell_saves(s)
+    _tell_saves(s)
     saved = "checkpoint saved"
-    if failed:
+    if newest != step:
         saved = f"no checkpoint of it: it will go on from {'the beginning' if newest is None else f'step {newest}'}"
     s.journal.stopping()
     s.journal.record(state="stopped", reason=reason, step=step, goes_on_from=newest or 0, ended=rundir.now())
@@ -309,7 +313,7 @@ def _assemble(
     identity = manifest.Identity(
         optimizer=settings.optim.name,
         global_batch=batch.global_batch,
-        model=manifest.digest(model.configuration(net)),
+        model=model.configuration(net),
         classes=training.classes,
         data=training.identity,
         groups=checkpoint.layout(groups),  # before DeepSpeed changes them
@@ -335,6 +339,9 @@ def _assemble(
             "versions": _versions(),
         },
     )
+    _of_first(me, writer.claim)
+    evaluations: list[Evaluations] = []
+    _of_first(me, lambda: evaluations.append(selection.Evaluations(run, journal.publish)))
     session = Session(
         run=run,
         attempt=attempt,
@@ -358,7 +365,7 @@ def _assemble(
         lags=metrics.Lags(),
         hosts=me.gather(socket.gethostname()),
         writer=writer,
-        evaluations=selection.Evaluations(run, journal.publish) if me.first else None,
+        evaluations=evaluations[0] if evaluations else None,
     )
     return session, about
 
@@ -421,7 +428,7 @@ def _export(s: Session, began: float) -> dict[str, float]:
     if s.settings.evaluation.export == "best" and best != ended:
         try:
             checkpoint.load_step(s.run, s.engine, s.me, s.identity, best)
-        except manifest.Damaged as error:  # the last weights are whole: a run without any model would be worse
+        except ValueError as error:  # the last weights are whole: a run without any model would be worse
             s.journal.warn("bad_best", f"the best checkpoint, {error}: exporting the last weights")
         else:
             s.journal.say(f"back to step {best}, the best by {s.settings.evaluation.best}")
@@ -719,12 +726,10 @@ def _save(s: Session) -> None:
     _tell_saves(s)
 
 
-def _tell_saves(s: Session) -> bool:
-    """Record what became of checkpoints; returns whether the newest one of them failed."""
-    failed = False
+def _tell_saves(s: Session) -> None:
+    """Record what became of checkpoints."""
     for saved in s.writer.news():
-        failed = saved.fault is not None
-        if failed:
+        if saved.fault is not None:
             s.journal.warn(
                 "checkpoint_failed",
                 f"the checkpoint of step {saved.step} could not be saved: {saved.fault}; the older ones stay",
@@ -732,7 +737,6 @@ def _tell_saves(s: Session) -> bool:
         else:
             about = {"seconds": saved.seconds, "blocked_s": saved.blocked_s, "bytes": saved.bytes}
             s.journal.record(step=saved.step, saved=about)
-    return failed
 
 
 # ---- what the chapters need of small things ----------------------------------------------------
@@ -876,6 +880,9 @@ def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", pas
         s.journal.say(f"goes on at step {step} of {s.total}")
     elif s.attempt:
         s.journal.say("no checkpoint yet: begins at step 0")
+    known = resumed.manifest.wandb if resumed else None
+    if s.me.first and known and re.fullmatch(r"[0-9a-z_-]{1,64}", known) and not (s.run.wandb / "run-id").exists():
+        s.journal.publish(s.run.wandb / "run-id", known)
     # What the run folder says is what runs; not before it is known that it can.
     if s.me.first and config.load(s.run.config) != s.given:
         s.journal.publish(s.run.config, config.to_yaml(s.given))
@@ -969,8 +976,13 @@ def _open(args: argparse.Namespace) -> tuple[Config, RunDir | None]:
 
 def _finished(run: RunDir, settings: Config) -> bool:
     """Whether there is nothing left to do: a run that is made longer goes on."""
-    changed = changes.between(config.to_plain(config.load(run.config)), config.to_plain(settings))
-    return rundir.state(run)["state"] == "done" and not changes.longer(changed)
+    if rundir.state(run)["state"] != "done":
+        return False
+    try:  # not config.yaml, which the launcher, or a person, has changed already
+        newest = manifest.read(run.checkpoints / manifest.name_of(manifest.steps(run)[0])).settings
+    except (IndexError, manifest.Damaged):
+        return True
+    return not changes.longer(changes.between(newest, config.to_plain(settings)))
 
 
 def _new_run(args: argparse.Namespace, settings: Config, made: list[RunDir]) -> RunDir:

@@ -37,12 +37,14 @@ def test_sections_that_come_and_go_are_told_by_their_settings() -> None:
     assert (first.name, first.before, first.after, first.effect) == ("model.lora.rank", None, 4, Effect.CHECKED)
 
 
-def test_a_setting_that_did_not_exist_then_is_no_change() -> None:
+def test_a_setting_that_did_not_exist_then_counts_as_its_default() -> None:
     old = plain()
     del old["engine"]["hang_s"]  # type: ignore[attr-defined]
     assert not changes.between(old, plain())
+    (change,) = changes.between(old, plain(**{"engine.hang_s": 5}))
+    assert (change.name, change.before, change.after) == ("engine.hang_s", 600.0, 5.0)
 
 
-@pytest.mark.parametrize("name", ["optim.name", "train.seed"])
-def test_what_would_repeat_samples_or_mix_optimizers_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["optim.name", "train.seed", "model.lora.alpha"])
+def test_what_would_repeat_samples_mix_optimizers_or_scale_adapters_is_refused(name: str) -> None:
     assert changes.effect(name) is Effect.REFUSED

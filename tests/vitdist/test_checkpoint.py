@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import ranks, workers
-from vitdist import optim
+from vitdist import model, optim
 
 pytestmark = pytest.mark.processes
 
@@ -58,6 +58,28 @@ def test_C7_another_world_and_stage_go_on_as_if_nothing_had_been(
             for name, values in expected[what].items():
                 if not name.endswith("k_proj.bias"):  # noise, of which Adam makes steps: see test_engine.py
                     assert np.abs(seen[what][name] - values).max() < 10 * tolerance, (what, name)
+
+
+@pytest.mark.parametrize(("world", "zero"), [(2, 2), (1, 3)])
+def test_frozen_weights_come_back_on_every_rank(tmp_path: Path, world: int, zero: int) -> None:
+    """workers.across gives a resuming engine other frozen weights than it saved."""
+    model.build(workers.settings().model, workers.CLASSES, seed=5)[0].save_pretrained(tmp_path / "pretrained")
+    how = {"model.scratch": "null", "model.pretrained": str(tmp_path / "pretrained"), "model.freeze": 1}
+    straight = ranks.run(workers.across, 2, how | {"engine.zero": 2}, str(tmp_path), 3, 3)[0]
+    for seen in ranks.run(workers.across, world, how | {"engine.zero": zero}, str(tmp_path), 0, 3):
+        assert seen["resumed"] == 3
+        assert seen["losses"] == pytest.approx(straight["losses"], abs=2e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("fp32", "fp16")])
+def test_another_precision_begins_with_its_own_loss_scale(tmp_path: Path, before: str, after: str) -> None:
+    """The scale of fp16 in another precision would divide gradients that nothing had multiplied."""
+    how = {"engine.zero": 0, "engine.loss_scale_power": 8, "optim.name": "sgd", "optim.lr": 0.1}
+    straight = ranks.run(workers.across, 1, how | {"engine.precision": before}, str(tmp_path), 4, 4)[0]
+    seen = ranks.run(workers.across, 1, how | {"engine.precision": after}, str(tmp_path), 0, 4)[0]
+    assert seen["scale"] == (256 if after == "fp16" else 1)
+    assert seen["losses"] == pytest.approx(straight["losses"], abs=2e-2)
+    assert seen["losses"][-1] < seen["losses"][0] - 0.1
 
 
 def test_the_best_stays_beside_the_newest_and_is_loaded_by_its_step(tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def identity(classes: list[str] = CLASSES, frozen: str | None = None, **changes:
     return Identity(
         optimizer=s.optim.name,
         global_batch=16,
-        model=manifest.digest(model.configuration(net)),
+        model=model.configuration(net),
         classes=classes,
         data="data",
         groups=checkpoint.layout(groups),
@@ -359,7 +359,7 @@ def identity(classes: list[str] = CLASSES, frozen: str | None = None, **changes:
         ({"model.scratch.width": 64}, r"projection.weight had the shape \[32, 3, 8, 8\], now \[64, 3, 8, 8\]"),
         ({"model.scratch.depth": 3}, r"vit.layers.2.attention.q_proj.weight is new"),
         ({"model.scratch.depth": 1}, r"vit.layers.1.attention.q_proj.weight was a trained parameter, and is none now"),
-        ({"model.scratch.heads": 4}, r"the model's configuration \(heads, activation, pooling\) was another"),
+        ({"model.scratch.heads": 4}, r"num_attention_heads of the model's configuration was 2, now 4"),
         ({"model.image_size": 32}, r"position_embeddings had the shape \[1, 5, 32\], now \[1, 17, 32\]"),
         ({"classes": CLASSES[:-1]}, r"class 19"),
         ({"classes": [*CLASSES, "twenty-one"]}, r"twenty-one"),

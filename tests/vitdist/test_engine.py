@@ -72,6 +72,7 @@ def test_fp16_trains_the_same_at_every_stage(zero: int) -> None:
 
 RESUMES = {
     (0, "fp16", 1, "sgd"),
+    (0, "bf16", 1, "adamw"),
     (1, "fp32", 1, "adamw"),
     (2, "fp16", 2, "adamw"),
     (3, "fp16", 2, "lion"),

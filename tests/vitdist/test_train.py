@@ -270,6 +270,21 @@ def test_an_existing_name_with_other_settings_is_refused(tmp_path: Path, recipe:
     assert "Traceback" not in text
 
 
+def test_a_finished_run_that_is_made_longer_goes_on(tmp_path: Path, recipe: Path) -> None:
+    """By the command line, and by a config.yaml that the launcher or a person has changed."""
+    for steps, how in ((2, "new"), (3, "command"), (4, "folder")):
+        arguments = [str(recipe), "--name", "long", f"train.steps={steps}"]
+        run = RunDir(tmp_path / "runs" / "long")
+        if how == "folder":
+            run.config.write_text(run.config.read_text().replace("steps: 3", "steps: 4"))
+            arguments = [str(run.path)]
+        codes, text = train(tmp_path, 1, *arguments)
+        assert codes == {0}, text
+        assert ("goes on at step" in text) == (how != "new")
+        assert rundir.state(run)["step"] == steps
+    assert train(tmp_path, 1, str(run.path))[1].startswith(f"{run.path} is finished")
+
+
 def test_a_run_without_a_name_gets_a_folder_of_its_own(tmp_path: Path, recipe: Path) -> None:
     codes, text = train(tmp_path, 2, str(recipe), "train.steps=1")
     assert codes == {0}, text
