@@ -86,12 +86,14 @@ class NodeJob:
         cause = None
         if state in ("failed", "refused"):
             cause = node.cause()
-        node.end(state, cause, self._process.poll())
+        # Said before it is done: who follows the run would take "stopped" for its end, and SLURM may kill this process.
+        again = state == "stopped" and self.kind == "slurm" and node.first and node.may_requeue()
+        node.end("requeued" if again else state, cause, self._process.poll())
         if cause:
             node.wait_for_first()
             raise RunFailed(cause)
-        if state == "stopped" and self.kind == "slurm" and node.first:
-            node.requeue()
+        if again and not node.requeue():
+            node.end(state, cause, self._process.poll())
         return state
 
     def checkpoint(self) -> DelayedSubmission:
@@ -375,15 +377,17 @@ class Node:
                 return
             time.sleep(POLL_S)
 
-    def requeue(self) -> None:
-        """The run was stopped, not by USR2: by a preemption that sends TERM only. A cancelled job stays cancelled."""
-        if slurm_state(self.job_id).startswith("RUNNING"):
-            done = subprocess.run(["scontrol", "requeue", self.job_id], capture_output=True, text=True, timeout=60)
-            if done.returncode:
-                why = faults.one_line(done.stderr) or f"exit code {done.returncode}"
-                print(f"SLURM refused the requeue ({why}): the same command with --name {self.run.name} goes on")
-                return
-            self._publish("requeued", None, rundir.now())
+    def may_requeue(self) -> bool:
+        """Whether the run was stopped by a preemption that sends TERM only: a cancelled job stays cancelled."""
+        return slurm_state(self.job_id).startswith("RUNNING")
+
+    def requeue(self) -> bool:
+        """Not by submitit, which does it after USR2; returns whether SLURM took it."""
+        done = subprocess.run(["scontrol", "requeue", self.job_id], capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            why = faults.one_line(done.stderr) or f"exit code {done.returncode}"
+            print(f"SLURM refused the requeue ({why}): the same command with --name {self.run.name} goes on")
+        return done.returncode == 0
 
 
 def local_port(run: RunDir, attempt: int) -> int:
