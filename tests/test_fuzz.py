@@ -37,7 +37,7 @@ from vitdist.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
 CASES = 5000
-IN_MAKE_TEST, CHUNK = 500, 250
+IN_MAKE_TEST, CHUNK = 250, 250
 """Of CASES: as many as take some 10 s on a busy core. The others have the mark `full`."""
 PATIENCE_S = 10.0
 """Of one case. The slowest takes a fifth of a second; the machine may be busy."""

@@ -133,9 +133,7 @@ def strike(text: str, signal: str, who: str) -> Strike:
 SAMPLE = [
     # steps, ranks, stage, precision, who is struck, signal and points in turn
     (6, 1, 0, "fp32", "all", "KILL import step accumulation write rename"),
-    (9, 1, 3, "fp32", "all", "TERM import step+2 evaluation exported"),
     (6, 1, 2, "fp16", "all", "KILL rendezvous vote evaluation export report"),
-    (9, 1, 1, "fp16", "all", "USR2 start resume write report"),
     (6, 2, 2, "fp32", "1", "KILL rendezvous step+1 write vote"),
     (9, 2, 1, "fp32", "all", "USR2 rendezvous accumulation vote export"),
     (6, 2, 3, "fp16", "all", "KILL evaluation renamed exported"),
