@@ -393,11 +393,11 @@ class Engine:
         `kinds`: the optimizer's kinds that were saved; `precision`: in which it was. Where the state came from another
         number of ranks, stage or precision makes no difference: every group keeps its own rate, decay and steps.
         """
-        still = self._base.state
+        states = self._base.state
         for group, masters in zip(self._base.param_groups, self._masters_by_group(), strict=True):
             on_device = group.get("fused") or group.get("capturable")  # where torch.optim keeps its step counts
             for master in masters:
-                still[master] = {kind: torch.zeros_like(master) for kind in sorted(kinds)} | {
+                states[master] = {kind: torch.zeros_like(master) for kind in sorted(kinds)} | {
                     name: torch.tensor(value, device=master.device if on_device else "cpu")
                     for name, value in counters["optimizer"].items()
                 }
@@ -416,13 +416,14 @@ class Engine:
 
     def _optimizer_states(self) -> dict[str, list[torch.Tensor]]:
         """Tensors that the optimizer keeps, kind -> one for each master; {} before the first update."""
-        states = [self._base.state.get(master, {}) for master in self._masters()]
+        masters = self._masters()
+        states = [self._base.state.get(master, {}) for master in masters]
         kinds = {kind for state in states for kind, value in state.items() if torch.is_tensor(value) and value.ndim}
         # Without ZeRO a weight that takes no part in the forward pass has no state: zeros, as where it lies in a piece.
         return {
             kind: [
-                zeros if (value := state.get(kind)) is None else value
-                for state, zeros in zip(states, map(torch.zeros_like, self._masters()), strict=True)
+                torch.zeros_like(master) if (value := state.get(kind)) is None else value
+                for state, master in zip(states, masters, strict=True)
             ]
             for kind in sorted(kinds)
         }
