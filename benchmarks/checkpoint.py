@@ -3,9 +3,10 @@
 .venv/bin/python benchmarks/checkpoint.py              # some 15 minutes on 2 cores, 14 GiB of memory
 .venv/bin/python benchmarks/checkpoint.py --part cost  # or resume
 
-cost: ViT-Ti at 224 px with an average of the weights (92 MB of state), real updates. Blocks of 50 updates with and
-without checkpoints take turns, in an order that is drawn for each pair; told is the median over pairs of the ratio of
-their times, with the 95 percent interval of a bootstrap over pairs, and how long the step loop stood still.
+cost: ViT-Ti at 224 px with an average of the weights (92 MB of state), real updates. Windows of 10 updates
+with and without a checkpoint take turns, in an order that is drawn for each pair; told is the median over pairs of the
+time that a checkpoint adds, with the 95 percent interval of a bootstrap over pairs, that time as a share of 50 (and of
+5) updates, and how long the step loop stood still.
 resume: ViT-L with AdamW's state, made here. Reading and hashing its files, as `vitdist checkpoints --verify` does,
 takes turns with a whole resume, which verifies too. With --cold the cache of files is emptied before each (as root).
 """
@@ -33,8 +34,9 @@ from vitdist.engine import Engine
 from vitdist.manifest import Identity
 from vitdist.rundir import RunDir
 
-BLOCK = 50
-"""Updates between two looks at the clock."""
+WINDOW = 10
+"""Updates between two looks at the clock: what a checkpoint costs falls within some two updates after it, and the noise
+of the 40 that follow would drown it (blocks of 50 gave intervals of +-6 percent)."""
 SHAPES = {"ti": (192, 12, 3), "l": (1024, 24, 16)}
 
 
@@ -80,12 +82,12 @@ class Trained:
         self.engine.backward(F.cross_entropy(self.engine.forward(self.images).float(), self.labels))
         self.engine.step()
 
-    def block(self, every: int | None) -> float:
-        """Seconds of BLOCK updates with a checkpoint every so many, whose writing is waited for."""
+    def window(self, saves: tuple[int, ...]) -> float:
+        """Seconds of WINDOW updates with a checkpoint after each of the given ones, written beside those that follow."""
         began = time.perf_counter()
-        for number in range(1, BLOCK + 1):
+        for number in range(1, WINDOW + 1):
             self.update()
-            if every and number % every == 0:
+            if number in saves:
                 self.writer.save({})
         self.writer.wait()
         return time.perf_counter() - began
@@ -95,31 +97,36 @@ def cost(me: Processes, folder: Path, pairs: int, batch: int) -> dict[str, Any]:
     trained = Trained(
         settings("ti", batch, **{"optim.ema": 0.999, "engine.threads": torch.get_num_threads()}), me, folder
     )
-    for _ in range(5):
-        trained.update()
+    trained.window(())
+    trained.window((1,))
+    trained.writer.news()
     rng, told = np.random.default_rng(0), {}
-    for every in (50, 5):
-        ratios, blocked, seconds, size = [], [], [], 0
+    for every, saves in ((50, (1,)), (5, (1, 6))):
+        without, extra, blocked, seconds, size = [], [], [], [], 0
         for _ in range(pairs):
             times = {}
             for with_it in rng.permutation([True, False]):
-                times[bool(with_it)] = trained.block(every if with_it else None)
+                times[bool(with_it)] = trained.window(saves if with_it else ())
             news = trained.writer.news()
-            assert len(news) == BLOCK // every, "a save went missing"
+            assert len(news) == len(saves), "a save went missing"
             assert not any(saved.fault for saved in news)
-            ratios.append(times[True] / times[False])
-            blocked.append(100 * sum(saved.blocked_s for saved in news) / times[True])
+            without.append(times[False] / WINDOW)
+            extra.append((times[True] - times[False]) / len(saves))
+            blocked.append(statistics.mean(saved.blocked_s for saved in news))
             seconds += [saved.seconds for saved in news]
             size = news[-1].bytes
-        low, high = _interval(ratios, rng)
+        update = statistics.median(without)
+        low, high = _interval(extra, rng)
         told[f"every_{every}_updates"] = {
-            "pairs of blocks": pairs,
+            "pairs of windows": pairs,
             "bytes of a checkpoint": size,
-            "time, ratio with / without": round(statistics.median(ratios), 4),
-            "95 % interval": f"{low:.4f} to {high:.4f}",
-            "step loop stands still, % of time": round(statistics.median(blocked), 3),
+            "update, ms": round(1e3 * update),
+            "a checkpoint costs, ms": round(1e3 * statistics.median(extra)),
+            "95 % interval, ms": f"{1e3 * low:.0f} to {1e3 * high:.0f}",
+            "costs, % of throughput": round(100 * statistics.median(extra) / (every * update), 2),
+            "95 % interval, %": f"{100 * low / (every * update):.2f} to {100 * high / (every * update):.2f}",
+            "step loop stands still, % of time": round(100 * statistics.median(blocked) / (every * update), 3),
             "write, ms (median)": round(1e3 * statistics.median(seconds)),
-            "update, ms": round(1e3 * times[False] / BLOCK),
         }
     return told
 
@@ -182,7 +189,7 @@ def _empty_cache() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["cost", "resume", "all"], default="all")
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument(
         "--batch", type=int, default=4, help="pictures of an update: the fewer, the dearer a checkpoint"
     )

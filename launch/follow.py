@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from launch import job as node_job
+from launch import slurm, why
 from vitdist import console, rundir
 from vitdist.rundir import RunDir
 
@@ -60,7 +60,7 @@ class Slurm:
     def state(self) -> str:
         now = time.monotonic()
         if now >= self._asked + self.every_s:
-            self._state, self._asked = node_job.slurm_state(self.job_id), now
+            self._state, self._asked = slurm.state(self.job_id), now
             ended = self._state == "GONE" or self._state.split(" ")[0] in ENDED
             self._ended_since = (self._ended_since or now) if ended else None
         return self._state
@@ -182,6 +182,6 @@ def conclude(run: RunDir, job: Job, since: int) -> int:
         print(f"error: the job ended ({job.state()}) before it began{where}", file=sys.stderr)
         return EXIT_FAILED
     ended = rundir.read_json(attempts[-1].job) or {}
-    cause = ended.get("cause") or f"{node_job.cause(attempts[-1])} (job: {job.state()})"
+    cause = ended.get("cause") or f"{why.cause(attempts[-1]).text} (job: {job.state()})"
     print(f"error: {cause}", file=sys.stderr)
     return EXIT_FAILED

@@ -14,7 +14,6 @@ start to the next. Which attempt this is follows from SLURM_RESTART_COUNT, what 
 import contextlib
 import dataclasses
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -28,7 +27,7 @@ from typing import Any, Literal
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from launch import torchrun
+from launch import slurm, torchrun, why
 from vitdist import faults, rundir
 from vitdist.rundir import Attempt, RunDir
 
@@ -356,7 +355,7 @@ class Node:
         if code == 0:
             return "done"
         # On a shared file system the record of rank 0 may reach this node late; torchrun's log is this node's own.
-        failed = torchrun.failures(_read(self.attempt.torchrun_log(self.index)))
+        failed = torchrun.failures(why.tail(self.attempt.torchrun_log(self.index)))
         left_after_saving = failed and failed[0].code == rundir.EXIT_STOPPED
         return "stopped" if left_after_saving else "failed"
 
@@ -364,7 +363,7 @@ class Node:
         """Why the run failed. Where a rank only lost its peer, wait a moment for the peer's side of it."""
         deadline = time.monotonic() + (PATIENCE_S[self.kind] / 2 if self.nodes > 1 else 0)
         while True:
-            text, consequence = _cause(self.attempt)
+            text, consequence = why.cause(self.attempt)
             if not consequence or time.monotonic() > deadline:
                 return text
             time.sleep(POLL_S)
@@ -379,7 +378,7 @@ class Node:
 
     def may_requeue(self) -> bool:
         """Whether the run was stopped by a preemption that sends TERM only: a cancelled job stays cancelled."""
-        return slurm_state(self.job_id).startswith("RUNNING")
+        return slurm.state(self.job_id).startswith("RUNNING")
 
     def requeue(self) -> bool:
         """Not by submitit, which does it after USR2; returns whether SLURM took it."""
@@ -400,95 +399,8 @@ def _address(host: str) -> str:
     with contextlib.suppress(OSError):
         socket.getaddrinfo(host, None)
         return host
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        shown = subprocess.run(["scontrol", "show", "node", host, "-o"], capture_output=True, text=True, timeout=30)
-        found = re.search(r"\bNodeAddr=(\S+)", shown.stdout)
-        if found and found[1] != host:
-            return found[1]
+    if found := slurm.address(host):
+        return found
     raise RunFailed(
         f"the first node's name, {host}, does not resolve on {socket.gethostname()}: mend DNS or /etc/hosts"
     )
-
-
-def slurm_state(job_id: str) -> str:
-    """`STATE (reason)` of a job; "UNKNOWN" where SLURM is silent, "GONE" where it says that it knows no such job."""
-    command = ["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError):
-        return "UNKNOWN"
-    if done.returncode:
-        return "GONE" if "Invalid job id" in done.stderr else "UNKNOWN"
-    state, _, reason = done.stdout.strip().partition("|")
-    if not state:
-        return "GONE"
-    return state if reason in ("", "None") else f"{state} ({reason})"
-
-
-# ---- the cause of an end ---------------------------------------------------------------------------
-
-
-def cause(attempt: Attempt) -> str:
-    """Why an attempt failed, in one line, from what its ranks left behind."""
-    return _cause(attempt)[0]
-
-
-_ERROR_LINE = re.compile(r"^(rank \d+: )?(error: |[A-Za-z_][\w.]*(Error|Exception|Exit|Failed|Interrupt)\b)")
-
-
-def _cause(attempt: Attempt) -> tuple[str, bool]:
-    """(the line, whether it tells only of another rank's end)."""
-    noted = {fault.rank: fault for fault in faults.read(attempt)}
-    told = [(fault.cascade, fault.time, faults.line(fault)) for fault in noted.values()]
-    record = rundir.read_json(attempt.train) or {}
-    error = record.get("error")
-    if error and error["rank"] not in noted:  # its disk was full, or it ended before it could note anything
-        text = f"{error['type']}: {faults.one_line(error['message'])} (rank {error['rank']}, step {error['step']})"
-        told.append((faults.peer_gone(text), 0.0, text))
-    # That a rank hangs others may have noted for it, also of one that was killed: then what came first counts.
-    spoke = {rank for rank, fault in noted.items() if fault.word != "hang"} | ({error["rank"]} if error else set())
-    logs = sorted(attempt.path.glob("logs/node-*/torchrun.log"), key=lambda log: int(log.parent.name[len("node-") :]))
-    for log in logs:
-        for failure in torchrun.failures(_read(log)):
-            killed = failure.code < 0 and failure.rank not in spoke
-            if killed or (failure.code != rundir.EXIT_STOPPED and failure.rank not in spoke | noted.keys()):
-                text, peer = _of_rank(failure, log.parent / f"rank-{failure.rank}.log", log)
-                told.append((peer, failure.time, text))
-    if told:
-        peer, _, text = min(told)
-        return text, peer
-    for path in sorted(attempt.path.glob("logs/node-*/node.json")):
-        node = rundir.read_json(path) or {}
-        if node.get("cause"):
-            return f"{node['host']}: {node['cause']}", False
-    for log in logs:
-        if line := _last_line(_read(log)):
-            return f"{line} ({log})", False
-    return f"no trainer left a word; the node logs are in {attempt.path.parents[1] / 'submitit'}", True
-
-
-def _of_rank(failure: torchrun.Failure, log: Path, torchrun_log: Path) -> tuple[str, bool]:
-    if failure.code < 0:
-        name = signal.Signals(-failure.code).name
-        # NCCL's own watchdog aborts the process of a rank that waited too long for another one.
-        waited = name == "SIGABRT" and "ollective operation timeout" in _read(log)
-        hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
-        return f"rank {failure.rank} was killed by {name}{hint} ({log})", waited
-    line = _last_line(_read(log)) or _last_line(_read(torchrun_log))
-    return f"rank {failure.rank}: {line.removeprefix(f'rank {failure.rank}: ')} ({log})", faults.peer_gone(line)
-
-
-def _last_line(text: str) -> str:
-    """The last line that names an error, else the last one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1] if lines else "")
-
-
-def _read(path: Path) -> str:
-    """The end of a log; a trainer may have written gigabytes."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 200_000))
-            return file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return ""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.cluster import Cluster, Slurm
+from launch.cluster import Cluster
+from launch.slurm import Slurm
 from vitdist.config import WEIGHTS_FILES, Config
 
 

@@ -28,8 +28,9 @@ if __name__ == "__main__":
 import yaml
 
 from launch import cluster as clusters
-from launch import preflight, snapshot, torchrun
-from launch.cluster import Cluster, Slurm
+from launch import preflight, slurm, snapshot, torchrun
+from launch.cluster import Cluster
+from launch.slurm import Slurm
 from vitdist import changes, config, rundir
 from vitdist.changes import Change
 from vitdist.config import Config, SettingsError
@@ -174,8 +175,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.nodes < 1:
         faults.append(f"--nodes {args.nodes}: at least 1")
     patience = DRY_PATIENCE_S if args.dry_run else PATIENCE_S
-    slurm = clusters.ask_slurm(patience) if args.cluster != "local" else None
-    local = args.cluster == "local" or (args.cluster == "auto" and not slurm)
+    there = slurm.partitions(patience) if args.cluster != "local" else None
+    local = args.cluster == "local" or (args.cluster == "auto" and not there)
     most = MOST_LOCAL_NODES if local else MOST_NODES
     if args.nodes > most:
         faults.append(f"--nodes {args.nodes}: at most {most}" + (" simulated ones on one machine" if local else ""))
@@ -190,7 +191,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         faults.append(str(error))
     try:
         if args.time:
-            minutes = clusters.minutes(args.time)
+            minutes = slurm.minutes(args.time)
         if not local:
             profile = _profile("slurm/default.yaml" if args.cluster == "auto" else args.cluster, args.time)
             minutes = profile.minutes
@@ -200,12 +201,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise SettingsError("\nerror: ".join(faults))
     nodes, processes, notes = _place(args, local, devices, args.config or default)
     if profile:
-        profile, assumed = clusters.resolve(profile, slurm)
+        profile, assumed = clusters.resolve(profile, there)
         assert profile.gpus_per_node != "auto"
         nodes, processes = args.nodes, max(1, profile.gpus_per_node)
         notes = [f"warning: {note}" for note in assumed] + _ignored()
     # In a partition that does not exist the number of GPUs is a guess; preflight tells what is wrong.
-    if not (profile and slurm and slurm.missing(profile.partition)):
+    if not (profile and there and there.missing(profile.partition)):
         config.split_batch(settings.train, nodes * processes)
     return Plan(
         source=source,
@@ -213,7 +214,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         nodes=nodes,
         processes=processes,
         cluster=profile,
-        slurm=slurm,
+        slurm=there,
         devices=tuple(devices),
         minutes=minutes,
         notes=tuple(notes),
@@ -269,9 +270,8 @@ def _already(run: RunDir, wanted: bool, changed: list[Change]) -> int | None:
     job_id = _last_job(run)
     if job_id:
         from launch import follow
-        from launch.job import slurm_state
 
-        state = slurm_state(job_id)
+        state = slurm.state(job_id)
         if state.split(" ")[0] in follow.QUEUED:
             if wanted:
                 _say(f"{run.path} is job {job_id} already: {state}")

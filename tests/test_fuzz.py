@@ -27,8 +27,7 @@ from typing import Any
 import pytest
 import submitit
 
-from launch import cluster as clusters
-from launch import follow, job, preflight, snapshot
+from launch import follow, preflight, slurm, snapshot
 from launch import submit as launch_submit
 from vitdist import cli, config, rundir
 from vitdist import train as trainer
@@ -331,7 +330,7 @@ def tree(place: Path) -> dict[str, tuple[int, int]]:
     } | {"": (0, 0)}
 
 
-SLURM = clusters.Slurm({"gpu": [clusters.Nodes(4, 96, 8, 2880)], "cpu": [clusters.Nodes(9, 32, 0, None)]}, "gpu")
+SLURM = slurm.Slurm({"gpu": [slurm.Nodes(4, 96, 8, 2880)], "cpu": [slurm.Nodes(9, 32, 0, None)]}, "gpu")
 
 
 class Executor:
@@ -375,18 +374,18 @@ def edges(number: int) -> Iterator[None]:
             patch.delenv(name)
         rng = random.Random(f"place {number}")
         patch.setenv("CUDA_VISIBLE_DEVICES", rng.choice(("", "0,1,2,3")))
-        slurm = rng.choice((None, SLURM, SLURM))
+        there = rng.choice((None, SLURM, SLURM))
         patch.setattr(trainer, "train", begin)
         patch.setattr(tracking, "to_file", lambda _: None)  # turns this process's output away for good
         patch.setattr(trainer.stop, "install", lambda: trainer.stop.StopRequest())
-        patch.setattr(clusters, "ask_slurm", lambda _: slurm)
+        patch.setattr(slurm, "partitions", lambda _: there)
         patch.setattr(preflight, "sbatch", list)
         patch.setattr(snapshot, "take", take)
         patch.setattr(snapshot, "changed", lambda *_: [])
         patch.setattr(submitit, "SlurmExecutor", Executor)
         patch.setattr(submitit, "LocalExecutor", Executor)
         patch.setattr(follow, "follow", lambda *_, **__: 0)
-        patch.setattr(job, "slurm_state", lambda _: "GONE")
+        patch.setattr(slurm, "state", lambda _: "GONE")
         patch.setattr(signal, "signal", lambda *_: signal.SIG_DFL)
         patch.setattr(plan, "table", lambda settings, classes: f"{settings.optim.lr} {classes}")
         patch.setattr(report, "write", lambda run: run.report)

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import cluster
-from launch.cluster import Cluster, Nodes, Slurm
+from launch import slurm as slurms
+from launch.cluster import Cluster
+from launch.slurm import Nodes, Slurm
 from vitdist import config
 from vitdist.config import SettingsError
 from vitdist.rundir import RunDir
@@ -83,13 +85,13 @@ def test_S9_a_time_limit_leaves_room_to_save() -> None:
     ],
 )
 def test_time_limits_are_slurms(text: int | str, minutes: int) -> None:
-    assert cluster.minutes(text) == minutes
+    assert slurms.minutes(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "soon", "1:2:3:4", "1.5", "12:61", "9" * 5000, "٣٣", "9999999-0"])
 def test_L1_a_bad_time_limit_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="write minutes"):
-        cluster.minutes(text)
+        slurms.minutes(text)
 
 
 def test_an_unquoted_time_in_yaml_is_no_number_of_seconds(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ two|2|48|gpu:4|infinite
 
 
 def test_sinfo_is_read() -> None:
-    slurm = cluster._read_sinfo(SINFO)
+    slurm = slurms._read_sinfo(SINFO)
     assert slurm.default == "gpu"
     assert slurm.partitions["gpu"] == [Nodes(3, 96, 8, 2880), Nodes(1, 64, 4, 2880)]
     assert slurm.partitions["cpu"] == [Nodes(9, 32, 0, None)]
@@ -126,7 +128,7 @@ def test_sinfo_is_read() -> None:
     ],
 )
 def test_auto_asks_slurm(raw: dict[str, object], gpus: int, cpus: int, said: str) -> None:
-    resolved, notes = cluster.resolve(parse(**raw), cluster._read_sinfo(SINFO))
+    resolved, notes = cluster.resolve(parse(**raw), slurms._read_sinfo(SINFO))
     assert (resolved.gpus_per_node, resolved.cpus_per_task) == (gpus, cpus)
     assert said in " ".join(notes)
     assert bool(notes) == bool(said)
@@ -178,10 +180,10 @@ def test_devices_of_this_machine() -> None:
 
 
 def test_L2_no_slurm_is_no_answer(place: Path) -> None:
-    assert cluster.ask_slurm(1) is None
+    assert slurms.partitions(1) is None
 
 
 def test_L2_a_slurm_that_hangs_is_no_answer(slurm: Callable[[str, str], None]) -> None:
-    assert isinstance(cluster.ask_slurm(5), Slurm)
+    assert isinstance(slurms.partitions(5), Slurm)
     slurm("sinfo", "exec /bin/sleep 60")
-    assert cluster.ask_slurm(0.2) is None
+    assert slurms.partitions(0.2) is None

@@ -18,7 +18,7 @@ import submitit
 from submitit.helpers import DelayedSubmission
 
 from launch import job as launch_job
-from launch import torchrun
+from launch import slurm, torchrun, why
 from launch.job import NodeJob, RunFailed
 from vitdist import faults, rundir
 from vitdist.faults import Fault
@@ -342,7 +342,7 @@ def test_R3_a_name_that_does_not_resolve_is_asked_of_slurm(in_slurm: Path, tmp_p
 
 def test_silence_of_slurm_is_unknown(in_slurm: Path, tmp_path: Path) -> None:
     squeue = tmp_path / "bin" / "squeue"
-    assert launch_job.slurm_state("1") == "RUNNING"
+    assert slurm.state("1") == "RUNNING"
     for script, state in (
         ("echo 'PENDING|Resources'", "PENDING (Resources)"),
         ("exit 1", "UNKNOWN"),
@@ -350,7 +350,7 @@ def test_silence_of_slurm_is_unknown(in_slurm: Path, tmp_path: Path) -> None:
         ("true", "GONE"),
     ):
         squeue.write_text(f"#!/bin/sh\n{script}\n")
-        assert launch_job.slurm_state("1") == state
+        assert slurm.state("1") == state
 
 
 # ---- the cause of an end ----------------------------------------------------------------------------
@@ -391,14 +391,14 @@ def test_R4_the_first_root_that_was_noted_is_the_cause(run: RunDir) -> None:
     error = {"type": "RuntimeError", "message": "what rank 0 has also noted", "rank": 0, "step": 7}
     rundir.publish_json(run.attempt(0).train, {"state": "failed", "error": error})
     torchrun_says(run, (1, 1), (2, 1), (0, 1))
-    assert launch_job._cause(run.attempt(0)) == (faults.line(root), False)
-    assert launch_job.cause(run.attempt(0)).startswith("disk_full, rank 1 on n1, step 7, training: E: words of 1; ")
+    assert why.cause(run.attempt(0)) == (faults.line(root), False)
+    assert why.cause(run.attempt(0)).text.startswith("disk_full, rank 1 on n1, step 7, training: E: words of 1; ")
 
 
 def test_a_cascade_is_told_as_one(run: RunDir) -> None:
     first = noted(run, 1, 2.0, "collective_timeout")
     noted(run, 0, 3.0, "peer_lost")
-    assert launch_job._cause(run.attempt(0)) == (faults.line(first), True)
+    assert why.cause(run.attempt(0)) == (faults.line(first), True)
 
 
 @pytest.mark.parametrize("hang", [False, True])
@@ -407,7 +407,7 @@ def test_R5_a_killed_rank_is_the_cause_though_it_left_no_record(run: RunDir, han
     if hang:  # what the other ranks noted of it
         noted(run, 1, 11.0, "hang", cascade=False)
     torchrun_says(run, (0, 1), (1, -signal.SIGKILL))
-    text, consequence = launch_job._cause(run.attempt(0))
+    text, consequence = why.cause(run.attempt(0))
     assert "rank 1 was killed by SIGKILL, as the kernel does when memory runs out" in text
     assert not consequence
 
@@ -415,22 +415,22 @@ def test_R5_a_killed_rank_is_the_cause_though_it_left_no_record(run: RunDir, han
 def test_R6_a_stopped_rank_that_was_ended_for_it_is_told_as_hung(run: RunDir) -> None:
     root = noted(run, 1, 9.0, "hang", cascade=False)
     torchrun_says(run, (1, -signal.SIGKILL))
-    assert launch_job._cause(run.attempt(0)) == (faults.line(root), False)
+    assert why.cause(run.attempt(0)) == (faults.line(root), False)
 
 
 def test_a_rank_that_noted_its_fault_is_believed_more_than_how_it_ended(run: RunDir) -> None:
     root = noted(run, 1, 20.0, "nan_or_inf")
     torchrun_says(run, (1, -signal.SIGSEGV))
-    assert launch_job._cause(run.attempt(0)) == (faults.line(root), False)
+    assert why.cause(run.attempt(0)) == (faults.line(root), False)
 
 
 def test_an_abort_of_nccls_watchdog_is_a_cascade(run: RunDir) -> None:
     torchrun_says(run, (1, -signal.SIGABRT))
     run.attempt(0).rank_log(0, 1).write_text("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(\n")
-    text, consequence = launch_job._cause(run.attempt(0))
+    text, consequence = why.cause(run.attempt(0))
     assert (text.startswith("rank 1 was killed by SIGABRT"), consequence) == (True, True)
     root = noted(run, 0, 20.0, "hang", cascade=False)
-    assert launch_job._cause(run.attempt(0)) == (faults.line(root), False)
+    assert why.cause(run.attempt(0)) == (faults.line(root), False)
 
 
 def test_without_records_the_log_of_a_rank_tells(run: RunDir) -> None:
@@ -438,4 +438,4 @@ def test_without_records_the_log_of_a_rank_tells(run: RunDir) -> None:
     run.attempt(0).rank_log(0, 1).write_text("ValueError: no such class\n")
     run.attempt(0).fault(1).parent.mkdir()
     run.attempt(0).fault(1).write_text('{"schema": 1, "ra')
-    assert launch_job.cause(run.attempt(0)).startswith("rank 1: ValueError: no such class (")
+    assert why.cause(run.attempt(0)).text.startswith("rank 1: ValueError: no such class (")

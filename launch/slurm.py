@@ -1,0 +1,132 @@
+"""What SLURM says: its partitions and nodes, the state of a job. Each question is bounded; silence is no answer.
+
+there = partitions(10.0)        # None: no SLURM, or none that answers
+state("4711")                   # "PENDING (Priority)", "GONE", or "UNKNOWN" where it is silent
+"""
+
+import difflib
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# ---- time limits ---------------------------------------------------------------------------------
+
+_CLOCK = re.compile(r"(?:(?P<days>\d{1,9})-)?(?P<clock>\d{1,9}(?::[0-5]?\d){0,2})", re.ASCII)
+LONGEST_MINUTES = 10 * 365 * 24 * 60
+"""Ten years: beyond what a site can mean, and within SLURM's 32 bits."""
+
+
+def minutes(time: int | str) -> int:
+    """A time limit in minutes, seconds rounded up. Raises ValueError.
+
+    SLURM's forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+    """
+    match = _CLOCK.fullmatch(str(time))
+    parts = [int(part) for part in match["clock"].split(":")] if match else []
+    if match and match["days"]:
+        parts = [24 * int(match["days"]) + parts[0], *parts[1:], 0, 0][:3]
+    elif len(parts) < 3:
+        parts = [0, *parts, 0, 0][:3]
+    hours, mins, seconds = parts
+    total = hours * 60 + mins + -(-seconds // 60)
+    if not 1 <= total <= LONGEST_MINUTES:
+        shown = str(time) if len(str(time)) <= 40 else f"{str(time)[:40]}..."
+        raise ValueError(f"time {shown!r}: write minutes (720), HH:MM:SS (12:00:00) or D-HH:MM:SS (2-00:00:00)")
+    return total
+
+
+# ---- what there is -------------------------------------------------------------------------------
+
+
+class Nodes(NamedTuple):
+    """Some nodes of a partition that are alike."""
+
+    number: int
+    cpus: int
+    gpus: int
+    minutes: int | None
+    """Longest job of the partition; None: no limit."""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What SLURM says of itself."""
+
+    partitions: Mapping[str, list[Nodes]] = field(default_factory=dict)
+    default: str | None = None
+
+    def nodes(self, partition: str | None) -> list[Nodes]:
+        """Those of a partition; of several (commas) the first that exists; [] for an unknown one."""
+        names = partition.split(",") if partition else [self.default or ""]
+        return next((self.partitions[name] for name in names if name in self.partitions), [])
+
+    def missing(self, partition: str | None) -> list[str]:
+        return [name for name in (partition or "").split(",") if name and name not in self.partitions]
+
+    def near(self, name: str) -> str:
+        """A hint at the partition that was meant."""
+        close = difflib.get_close_matches(name, self.partitions, 1)
+        return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(self.partitions))}"
+
+
+def partitions(patience_s: float) -> Slurm | None:
+    """Its partitions and nodes; None where there is no SLURM, or none that answers in time."""
+    if not shutil.which("sbatch"):
+        return None
+    # %P partition (* marks the default), %D nodes, %c cores, %G GPUs, %l longest job
+    answer = ask(["sinfo", "-h", "-a", "-o", "%P|%D|%c|%G|%l"], patience_s)
+    return None if answer is None else _read_sinfo(answer)
+
+
+def ask(command: list[str], patience_s: float) -> str | None:
+    """The output of a SLURM command; None if it fails, is missing or says nothing in time."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+# gpu:8, gpu:a100:4(S:0-1), and others such as craynetwork:1 between
+_GPUS = re.compile(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)(?=,|$)")
+
+
+def _read_sinfo(text: str) -> Slurm:
+    partitions: dict[str, list[Nodes]] = {}
+    default = None
+    for line in text.splitlines():
+        name, count, cpus, gres, limit = line.split("|")
+        if name.endswith("*"):
+            name = default = name.removesuffix("*")
+        gpus = sum(int(n) for n in _GPUS.findall(re.sub(r"\([^)]*\)", "", gres)))
+        # "32+": some of them have more
+        longest = minutes(limit) if _CLOCK.fullmatch(limit) else None
+        partitions.setdefault(name, []).append(Nodes(int(count), int(cpus.rstrip("+")), gpus, longest))
+    return Slurm(partitions, default)
+
+
+# ---- jobs ----------------------------------------------------------------------------------------
+
+
+def state(job_id: str) -> str:
+    """`STATE (reason)` of a job; "UNKNOWN" where SLURM is silent, "GONE" where it says that it knows no such job."""
+    command = ["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return "UNKNOWN"
+    if done.returncode:
+        return "GONE" if "Invalid job id" in done.stderr else "UNKNOWN"
+    word, _, reason = done.stdout.strip().partition("|")
+    if not word:
+        return "GONE"
+    return word if reason in ("", "None") else f"{word} ({reason})"
+
+
+def address(host: str) -> str | None:
+    """The address that SLURM has of a node; None where it does not say, or says the name again."""
+    found = re.search(r"\bNodeAddr=(\S+)", ask(["scontrol", "show", "node", host, "-o"], 30) or "")
+    return found[1] if found and found[1] != host else None
