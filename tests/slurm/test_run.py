@@ -1,65 +1,18 @@
 """Whole runs on the real SLURM of slurm/dev-cluster: several nodes to the end; warned, saved, requeued, gone on."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.slurm.conftest import read, slurm, submit, submit_stand_in, told, until
 from vitdist import rundir
 from vitdist.rundir import RunDir
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slurm
-if not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin:/sbin") and not os.environ.get("CI"):
-    pytest.skip(
-        "SLURM is not installed: run 'sudo slurm/dev-cluster install' to enable these tests", allow_module_level=True
-    )
-
-
-@pytest.fixture(scope="module")
-def environment() -> Iterator[dict[str, str]]:
-    """The environment of a user of a cluster of four nodes."""
-    folder = tempfile.mkdtemp(prefix="vitdist-", dir="/tmp")  # SLURM's paths must be short
-    command = [sys.executable, str(ROOT / "slurm" / "dev-cluster"), "--dir", folder]
-    started = subprocess.run([*command, "start", "4"], capture_output=True, text=True, timeout=120, check=False)
-    assert started.returncode == 0, started.stderr
-    conf = started.stdout.strip().removeprefix("export SLURM_CONF=")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "CUDA"))}
-    try:
-        yield clean | {"SLURM_CONF": conf.strip("'\""), "WANDB_MODE": "offline"}
-    finally:
-        subprocess.run([*command, "stop"], capture_output=True, timeout=60, check=True)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def submit(environment: dict[str, str], cwd: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *arguments]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"after {seconds} s: {what}"
-        time.sleep(0.1)
-
-
-def told(run: RunDir) -> str:
-    """Everything that the jobs of a run have written, for a failing test."""
-    logs = [*run.path.glob("attempts/*/logs/*/*.log"), *run.path.glob("submitit/*_log.out")]
-    return "\n".join(f"--- {log}\n{log.read_text()[-2000:]}" for log in sorted(logs))
 
 
 def weights(run: RunDir) -> dict[str, torch.Tensor]:
@@ -111,27 +64,6 @@ def test_S1_S2_a_warned_run_is_requeued_and_ends_the_same(
     assert job.returncode == 0, f"{out}{error}{told(straight)}"
     expected, found = weights(straight), weights(warned)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-STAND_IN = "import sys; from launch import submit; sys.exit(submit.main(sys.argv[1:], launcher='standin'))"
-
-
-def submit_stand_in(
-    environment: dict[str, str], cwd: Path, recipe: Path, name: str, **orders: object
-) -> "subprocess.Popen[str]":
-    """Two nodes with trainers that only count: all but the training is real."""
-    env = environment | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/launch", "STANDIN": json.dumps(orders)}
-    arguments = ["--nodes", "2", "--config", str(recipe), "--name", name, "--follow"]
-    command = [sys.executable, "-c", STAND_IN, *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def read(path: Path) -> dict[str, Any]:
-    return rundir.read_json(path) or {}
-
-
-def slurm(environment: dict[str, str], *command: str) -> str:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
 def test_L7_a_cancelled_run_saves_and_is_not_requeued(
