@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ import submitit
 from submitit.helpers import DelayedSubmission
 
 from launch import job as launch_job
-from launch import slurm, torchrun, why
+from launch import slurm, torchrun
 from launch.job import NodeJob, RunFailed
-from vitdist import faults, rundir
-from vitdist.faults import Fault
+from vitdist import rundir
 from vitdist.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -351,91 +349,3 @@ def test_silence_of_slurm_is_unknown(in_slurm: Path, tmp_path: Path) -> None:
     ):
         squeue.write_text(f"#!/bin/sh\n{script}\n")
         assert slurm.state("1") == state
-
-
-# ---- the cause of an end ----------------------------------------------------------------------------
-
-
-def noted(run: RunDir, rank: int, time: float, word: str, **more: Any) -> Fault:
-    """Note a fault, as a rank does; a cascade where the word is one."""
-    about = {
-        "host": f"n{rank}",
-        "step": 7,
-        "phase": "training",
-        "type": "E",
-        "message": f"words of {rank}",
-        "where": "",
-    }
-    about = {"cascade": word in faults.CASCADES} | about | more
-    fault = Fault(rank=rank, time=time, word=word, **about)
-    faults.note(run.attempt(0), fault)
-    return fault
-
-
-def torchrun_says(run: RunDir, *failures: tuple[int, int]) -> None:
-    """torchrun's list of (rank, exit code), the first failure last, at 10 s of Unix time."""
-    log = run.attempt(0).torchrun_log(0)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    at = datetime.fromtimestamp(10).isoformat(sep="_")
-    rows = (
-        f"  time      : {at}\n  host      : n\n  rank      : {rank} (local_rank: 0)\n  exitcode  : {code} (pid: 1)\n"
-        for rank, code in failures
-    )
-    log.write_text("".join(rows))
-
-
-def test_R4_the_first_root_that_was_noted_is_the_cause(run: RunDir) -> None:
-    noted(run, 0, 1.0, "peer_lost")
-    noted(run, 2, 3.0, "nan_or_inf")
-    root = noted(run, 1, 2.0, "disk_full")
-    error = {"type": "RuntimeError", "message": "what rank 0 has also noted", "rank": 0, "step": 7}
-    rundir.publish_json(run.attempt(0).train, {"state": "failed", "error": error})
-    torchrun_says(run, (1, 1), (2, 1), (0, 1))
-    assert why.cause(run.attempt(0)) == (faults.line(root), False)
-    assert why.cause(run.attempt(0)).text.startswith("disk_full, rank 1 on n1, step 7, training: E: words of 1; ")
-
-
-def test_a_cascade_is_told_as_one(run: RunDir) -> None:
-    first = noted(run, 1, 2.0, "collective_timeout")
-    noted(run, 0, 3.0, "peer_lost")
-    assert why.cause(run.attempt(0)) == (faults.line(first), True)
-
-
-@pytest.mark.parametrize("hang", [False, True])
-def test_R5_a_killed_rank_is_the_cause_though_it_left_no_record(run: RunDir, hang: bool) -> None:
-    noted(run, 0, 1.0, "peer_lost")
-    if hang:  # what the other ranks noted of it
-        noted(run, 1, 11.0, "hang", cascade=False)
-    torchrun_says(run, (0, 1), (1, -signal.SIGKILL))
-    text, consequence = why.cause(run.attempt(0))
-    assert "rank 1 was killed by SIGKILL, as the kernel does when memory runs out" in text
-    assert not consequence
-
-
-def test_R6_a_stopped_rank_that_was_ended_for_it_is_told_as_hung(run: RunDir) -> None:
-    root = noted(run, 1, 9.0, "hang", cascade=False)
-    torchrun_says(run, (1, -signal.SIGKILL))
-    assert why.cause(run.attempt(0)) == (faults.line(root), False)
-
-
-def test_a_rank_that_noted_its_fault_is_believed_more_than_how_it_ended(run: RunDir) -> None:
-    root = noted(run, 1, 20.0, "nan_or_inf")
-    torchrun_says(run, (1, -signal.SIGSEGV))
-    assert why.cause(run.attempt(0)) == (faults.line(root), False)
-
-
-def test_an_abort_of_nccls_watchdog_is_a_cascade(run: RunDir) -> None:
-    torchrun_says(run, (1, -signal.SIGABRT))
-    run.attempt(0).rank_log(0, 1).write_text("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(\n")
-    text, consequence = why.cause(run.attempt(0))
-    assert (text.startswith("rank 1 was killed by SIGABRT"), consequence) == (True, True)
-    root = noted(run, 0, 20.0, "hang", cascade=False)
-    assert why.cause(run.attempt(0)) == (faults.line(root), False)
-
-
-def test_without_records_the_log_of_a_rank_tells(run: RunDir) -> None:
-    torchrun_says(run, (1, 1), (0, rundir.EXIT_STOPPED))
-    run.attempt(0).rank_log(0, 1).write_text("ValueError: no such class\n")
-    run.attempt(0).fault(1).parent.mkdir()
-    run.attempt(0).fault(1).write_text('{"schema": 1, "ra')
-    assert why.cause(run.attempt(0)).text.startswith("rank 1: ValueError: no such class (")
