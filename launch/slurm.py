@@ -2,15 +2,19 @@
 
 there = partitions(10.0)        # None: no SLURM, or none that answers
 state("4711")                   # "PENDING (Priority)", "GONE", or "UNKNOWN" where it is silent
+jobs(["4711", "4712_3"], 10)    # all in one question; None where it is silent
 """
 
 import difflib
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import NamedTuple
+
+from vitdist.rundir import RunDir
 
 # ---- time limits ---------------------------------------------------------------------------------
 
@@ -109,6 +113,66 @@ def _read_sinfo(text: str) -> Slurm:
 
 
 # ---- jobs ----------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What squeue says of a job."""
+
+    id: str
+    """`123`, or `123_4` for one of an array."""
+    state: str
+    """SLURM's word, such as PENDING."""
+    reason: str
+    """Why it waits, in SLURM's word; "" if it says none."""
+    nodes: str
+    """Where it runs, such as `node[1-4]`; "" before."""
+    start: datetime | None
+    """When it began, or is expected to begin, in local time; None: SLURM does not say."""
+
+
+# The user's own habits would hide jobs, which then looked gone, or write times in another way.
+_PLAIN = (
+    "env",
+    *(f"-uSQUEUE_{name}" for name in ("ACCOUNT", "LICENSES", "NAMES", "PARTITION", "QOS", "STATES", "USERS")),
+    "SLURM_TIME_FORMAT=standard",
+)
+
+
+def job_of(run: RunDir) -> str | None:
+    """The id of a run's newest job in SLURM, `123` or `123_4`; None if it was never sent there."""
+    try:
+        return (run.path / "slurm_job").read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:  # submitit's files tell too, but not which point of a sweep this is
+        ids = [int(path.name.split("_")[0]) for path in run.submitit.glob("[0-9]*_submission.sh")]
+        return str(max(ids)) if ids else None
+
+
+def jobs(ids: Iterable[str], patience_s: float) -> dict[str, Job] | None:
+    """Those of the jobs `ids` that SLURM knows, in one question; None where it is silent."""
+    wanted = {job_id.split("_")[0] for job_id in ids}
+    if not wanted:
+        return {}
+    # -r: a line for each job of an array
+    command = [*_PLAIN, "squeue", "-h", "-a", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%S", "-j", ",".join(sorted(wanted))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:  # asked for one job alone, squeue fails where it does not know it
+        return {} if "Invalid job id" in done.stderr else None
+    return {job.id: job for job in filter(None, map(_read_job, done.stdout.splitlines()))}
+
+
+def _read_job(line: str) -> Job | None:
+    job_id, *rest = line.strip().split("|")
+    if len(rest) != 4:
+        return None
+    state, reason, nodes, start = rest
+    try:
+        at = datetime.fromisoformat(start)
+    except ValueError:  # N/A
+        at = None
+    return Job(job_id, state, "" if reason == "None" else reason, nodes, at)
 
 
 def state(job_id: str) -> str:
