@@ -190,6 +190,40 @@ def state(job_id: str) -> str:
     return word if reason in ("", "None") else f"{word} ({reason})"
 
 
+# What may be otherwise in an hour; all else that SLURM says of a script stays wrong.
+_FOR_NOW = re.compile(
+    r"busy|not available now|down, drained|unable to contact|timed out|temporar|communication|slurmctld", re.IGNORECASE
+)
+
+
+def test_only(  # named as sbatch's flag; no test
+    script: str,
+    patience_s: float = 10.0,  # noqa: PT028
+    env: Mapping[str, str] | None = None,  # noqa: PT028
+) -> tuple[bool | None, str]:
+    """Whether SLURM would take a script, by `sbatch --test-only`, and its words: the estimated start, or the fault.
+
+    None: it is silent, or cannot start the job at the moment. `env`: without what a surrounding job has left there.
+    """
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=patience_s, env=env
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None, "SLURM does not answer (sbatch --test-only)"
+    # Its answer stands on stderr; lua plugins of a site add lines of their own.
+    said = " ".join(f"{done.stderr}\n{done.stdout}".split())
+    if done.returncode == 0:
+        return True, said
+    return (None if _FOR_NOW.search(said) else False), said or f"sbatch: exit code {done.returncode}"
+
+
+def starts(said: str) -> str | None:
+    """The time at which a job would start, from the words of `test_only`; None where they hold none."""
+    found = re.search(r"to start at (\d{4}-\d\d-\d\dT[\d:]+)", said)
+    return found[1] if found else None
+
+
 def address(host: str) -> str | None:
     """The address that SLURM has of a node; None where it does not say, or says the name again."""
     found = re.search(r"\bNodeAddr=(\S+)", ask(["scontrol", "show", "node", host, "-o"], 30) or "")
