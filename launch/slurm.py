@@ -53,6 +53,8 @@ class Nodes(NamedTuple):
     gpus: int
     minutes: int | None
     """Longest job of the partition; None: no limit."""
+    gpu_types: tuple[str, ...] = ()
+    """Types of their GPUs, sorted, where SLURM names them."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,29 @@ def ask(command: list[str], patience_s: float) -> str | None:
 
 
 # gpu:8, gpu:a100:4(S:0-1), and others such as craynetwork:1 between
-_GPUS = re.compile(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)(?=,|$)")
+_GPUS = re.compile(r"(?:^|,)gpu(?::([^:,]+))?:(\d+)(?=,|$)")
+
+
+def gpus(gres: str) -> tuple[int, tuple[str, ...]]:
+    """(how many, their types) of what SLURM calls Gres: `gpu:a100:4(S:0-1),craynetwork:1` has 4 of a100."""
+    found = _GPUS.findall(re.sub(r"\([^)]*\)", "", gres))
+    return sum(int(number) for _, number in found), tuple(sorted({kind for kind, _ in found if kind}))
 
 
 def _read_sinfo(text: str) -> Slurm:
     partitions: dict[str, list[Nodes]] = {}
     default = None
     for line in text.splitlines():
-        name, count, cpus, gres, limit = line.split("|")
+        parts = line.split("|")
+        if len(parts) != 5:  # a line of a site's wrapper around sinfo
+            continue
+        name, count, cpus, gres, limit = parts
         if name.endswith("*"):
             name = default = name.removesuffix("*")
-        gpus = sum(int(n) for n in _GPUS.findall(re.sub(r"\([^)]*\)", "", gres)))
+        number, types = gpus(gres)
         # "32+": some of them have more
         longest = minutes(limit) if _CLOCK.fullmatch(limit) else None
-        partitions.setdefault(name, []).append(Nodes(int(count), int(cpus.rstrip("+")), gpus, longest))
+        partitions.setdefault(name, []).append(Nodes(int(count), int(cpus.rstrip("+")), number, longest, types))
     return Slurm(partitions, default)
 
 
