@@ -5,11 +5,13 @@ state("4711")                   # "PENDING (Priority)", "GONE", or "UNKNOWN" whe
 jobs(["4711", "4712_3"], 10)    # all in one question; None where it is silent
 """
 
+import contextlib
 import difflib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -171,7 +173,9 @@ def jobs(ids: Iterable[str], patience_s: float) -> dict[str, Job] | None:
         return None
     if done.returncode:  # asked for one job alone, squeue fails where it does not know it
         return {} if "Invalid job id" in done.stderr else None
-    return {job.id: job for job in filter(None, map(_read_job, done.stdout.splitlines()))}
+    lines = done.stdout.splitlines()
+    found = {job.id: job for job in filter(None, map(_read_job, lines))}
+    return found if found or not lines else None  # what cannot be read is no answer
 
 
 def _read_job(line: str) -> Job | None:
@@ -239,3 +243,37 @@ def address(host: str) -> str | None:
     """The address that SLURM has of a node; None where it does not say, or says the name again."""
     found = re.search(r"\bNodeAddr=(\S+)", ask(["scontrol", "show", "node", host, "-o"], 30) or "")
     return found[1] if found and found[1] != host else None
+
+
+def end_time(job_id: str) -> float | None:
+    """When a job will be ended by its limit, in Unix seconds; None where SLURM does not say."""
+    with contextlib.suppress(ValueError):  # "N/A", NOT_SET
+        said = (ask([*_PLAIN, "squeue", "-h", "-j", job_id, "-o", "%e"], 10) or "").strip()
+        return datetime.fromisoformat(said).timestamp()
+    return None
+
+
+def requeue(job_id: str) -> str | None:
+    """Have a job started again; returns why SLURM would not, or None. It kills the job's processes for it."""
+    return _told(["scontrol", "requeue", job_id], 60)
+
+
+def exclude(job_id: str, nodes: Sequence[str]) -> str | None:
+    """Leave `nodes` out of a job that was requeued; returns why SLURM would not, or None.
+
+    It refuses that for a job that runs, and for a moment after the requeue too (22.05).
+    """
+    command = ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"]
+    deadline = time.monotonic() + 8  # within KillWait, 30 s by default: then this process is gone
+    while (error := _told(command, 5)) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    return error
+
+
+def _told(command: list[str], patience_s: float) -> str | None:
+    """What was wrong with a command, in one line; None if nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]}: {error.strerror if isinstance(error, OSError) else 'no answer'}"
+    return (" ".join(done.stderr.split()) or f"exit code {done.returncode}") if done.returncode else None
