@@ -202,6 +202,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     nodes, processes, notes = _place(args, local, devices, args.config or default)
     if profile:
         profile, assumed = clusters.resolve(profile, there)
+        settings, profile = clusters.staged(settings, profile), clusters.offline(settings, profile)
         assert profile.gpus_per_node != "auto"
         nodes, processes = args.nodes, max(1, profile.gpus_per_node)
         notes = [f"warning: {note}" for note in assumed] + _ignored()
@@ -222,9 +223,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def _profile(path: str, time: str | None) -> Cluster:
-    file = _file(path)
-    raw = config.read_yaml(file)
-    return config.parse(Cluster, raw | ({"time": time} if time else {}), file)
+    return clusters.load(_file(path), time)
 
 
 def _place(args: argparse.Namespace, local: bool, devices: list[str], source: str) -> tuple[int, int, list[str]]:

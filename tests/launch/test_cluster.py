@@ -110,7 +110,7 @@ two|2|48|gpu:4|infinite
 def test_sinfo_is_read() -> None:
     slurm = slurms._read_sinfo(SINFO)
     assert slurm.default == "gpu"
-    assert slurm.partitions["gpu"] == [Nodes(3, 96, 8, 2880), Nodes(1, 64, 4, 2880)]
+    assert slurm.partitions["gpu"] == [Nodes(3, 96, 8, 2880, ("a100",)), Nodes(1, 64, 4, 2880, ("a100",))]
     assert slurm.partitions["cpu"] == [Nodes(9, 32, 0, None)]
     assert slurm.partitions["two"] == [Nodes(2, 48, 4, None)]
     assert slurm.missing("gpu,gpux") == ["gpux"]
