@@ -1,8 +1,9 @@
 """Watch a run until it ends: the bar while it runs, then the result, or the cause of its end, and an exit code.
 
     code = follow(run, Slurm("4711"), since=0)      # EXIT_DONE, EXIT_STOPPED or 1
+    code = attached(run, "4711", since=0)           # the same, and a Ctrl-C leaves the job running and says so
 
-All that it shows comes from the run folder; the scheduler is asked only whether there is still a job.
+All that it shows comes from the run folder; the scheduler is asked only whether there is still a job, and why it waits.
 """
 
 import contextlib
@@ -10,18 +11,24 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from launch import slurm, why
+from launch import pending, slurm, status, why
 from vitdist import console, rundir
 from vitdist.rundir import RunDir
 
 LOOK_S = 0.5
 SILENCE_S = 15.0
 """A job that SLURM no longer shows for this long has ended without a record."""
+TOLD_S = 120.0
+"""SLURM's silence is told after this: a busy controller does not answer for a minute now and then."""
 EXIT_FAILED = 1
+EXIT_LEFT = 130
+"""The watching was interrupted; the job goes on."""
 
 
 class Job(Protocol):
@@ -29,6 +36,14 @@ class Job(Protocol):
 
     def state(self) -> str:
         """In a word; "PENDING (Priority)" and the like."""
+        ...
+
+    def waits(self) -> str:
+        """Why it waits, in words; "" if it does not."""
+        ...
+
+    def silent_s(self) -> float:
+        """How long the scheduler has not answered."""
         ...
 
     def over(self) -> bool:
@@ -45,43 +60,90 @@ class Local:
     def state(self) -> str:
         return "starting" if self.process.poll() is None else "ended"
 
+    def waits(self) -> str:
+        return ""
+
+    def silent_s(self) -> float:
+        return 0.0
+
     def over(self) -> bool:
         return self.process.poll() is not None
+
+
+@dataclass
+class Here:
+    """A run of this machine that another command has started."""
+
+    run: RunDir
+    patience_s: float = 3.0
+    """For the moment between two processes of one run."""
+    _gone_since: float | None = field(default=None, init=False)
+
+    def state(self) -> str:
+        return "starting" if self._gone_since is None else "ended"
+
+    def waits(self) -> str:
+        return ""
+
+    def silent_s(self) -> float:
+        return 0.0
+
+    def over(self) -> bool:
+        attempts = self.run.attempts()
+        job = (rundir.read_json(attempts[-1].job) if attempts else None) or {}
+        if status.is_here(self.run, job):
+            self._gone_since = None
+        else:
+            self._gone_since = self._gone_since or time.monotonic()
+        return self._gone_since is not None and time.monotonic() > self._gone_since + self.patience_s
 
 
 @dataclass
 class Slurm:
     job_id: str
     every_s: float = 5.0
+    _known: slurm.Job | None = field(default=None, init=False)
     _state: str = field(default="UNKNOWN", init=False)
     _asked: float = field(default=float("-inf"), init=False)
     _ended_since: float | None = field(default=None, init=False)
+    _silent_since: float | None = field(default=None, init=False)
 
     def state(self) -> str:
         now = time.monotonic()
         if now >= self._asked + self.every_s:
-            self._state, self._asked = slurm.state(self.job_id), now
-            ended = self._state == "GONE" or self._state.split(" ")[0] in ENDED
-            self._ended_since = (self._ended_since or now) if ended else None
+            self._heard(slurm.jobs([self.job_id], 10.0), time.monotonic())
+            self._asked = time.monotonic()
         return self._state
+
+    def _heard(self, answer: Mapping[str, slurm.Job] | None, now: float) -> None:
+        if answer is None:
+            self._silent_since = self._silent_since or now
+            self._state, self._ended_since = "UNKNOWN", None
+            return
+        self._silent_since = None
+        self._known = known = answer.get(self.job_id)
+        self._state = "GONE" if known is None else f"{known.state} ({known.reason})" if known.reason else known.state
+        ended = known is None or known.state in ENDED
+        self._ended_since = (self._ended_since or now) if ended else None
+
+    def waits(self) -> str:
+        known = self._known
+        waiting = known is not None and known.state in status.WAITING and self._state != "UNKNOWN"
+        return pending.told(known, datetime.now(), countdown=False) if waiting and known else ""
+
+    def silent_s(self) -> float:
+        return 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
 
     def over(self) -> bool:
         # Not at the first sight: a job that is being requeued passes through such states.
         return self._ended_since is not None and time.monotonic() > self._ended_since + SILENCE_S
 
 
-ENDED = {
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "DEADLINE",
-    "BOOT_FAIL",
-    "PREEMPTED",
+ENDED = status.ENDED
+QUEUED = {
+    *status.WAITING,
+    *("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED"),
 }
-QUEUED = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STAGE_OUT"}
 
 
 class Rows:
@@ -108,19 +170,67 @@ class Rows:
                     self.last |= row
 
 
+class News:
+    """What is worth a line of its own: starts, their ends, why the job waits, SLURM's silence; each is told once."""
+
+    def __init__(self, since: int) -> None:
+        self._since = since
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
+        self._waits = ""
+        self._silent = False
+
+    def of(self, run: RunDir, job: Job) -> list[str]:
+        """Lines that were not told yet."""
+        lines = []
+        for attempt in run.attempts():
+            if attempt.number >= self._since and attempt.number not in self._ended:
+                lines += self._of_attempt(attempt)
+        waits = job.waits()
+        if waits != self._waits and waits:
+            lines.append(f"pending: {waits}")
+        self._waits = waits
+        if job.silent_s() > TOLD_S and not self._silent:
+            lines.append("SLURM does not answer; what is shown comes from the run folder alone")
+            self._silent = True
+        elif self._silent and not job.silent_s():
+            lines.append("SLURM answers again")
+            self._silent = False
+        return lines
+
+    def _of_attempt(self, attempt: rundir.Attempt) -> list[str]:
+        launched, record, lines = rundir.read_json(attempt.job) or {}, rundir.read_json(attempt.train) or {}, []
+        number, ended = attempt.number, launched.get("state") not in (None, "running")
+        if number not in self._begun and (ended or "resumed_from" in record):
+            self._begun.add(number)
+            step = record.get("resumed_from")
+            where = status.compressed(launched.get("hosts") or ())
+            begins = f"goes on from step {step}" if step else "begins at step 0" if record else "has not begun to train"
+            lines.append(f"attempt {number}{f' on {where}' if where else ''} {begins}")
+        if ended:
+            self._ended.add(number)
+            if launched["state"] == "requeued":  # other ends are the run's, and told at length
+                cause = why.split(launched.get("cause") or f"stopped by {record.get('reason') or 'SLURM'}")[0]
+                reached = f" at step {record['step']}" if record.get("step") is not None else ""
+                lines.append(f"attempt {number} ended{reached}, {cause}: SLURM starts it again")
+        return lines
+
+
 def follow(run: RunDir, job: Job, since: int, on_interrupt: Any = None) -> int:
     """Show attempt `since` and those that follow it until the run ends; returns the exit code.
 
     A Ctrl-C calls `on_interrupt` and goes on watching, or, where there is none, is passed on.
     """
     bar = console.Bar(run.name)
-    rows = Rows(run.metrics, since)
+    rows, news = Rows(run.metrics, since), News(since)
     try:
         while True:
             try:
                 over = job.over()  # before reading: what was recorded until then is read below
                 record, ended = _records(run, since)
                 _show(bar, rows, record, job)
+                for line in news.of(run, job):
+                    bar.print(line)
                 if over or (ended and not isinstance(job, Local)):
                     break
                 time.sleep(LOOK_S)
@@ -133,21 +243,35 @@ def follow(run: RunDir, job: Job, since: int, on_interrupt: Any = None) -> int:
     return conclude(run, job, since)
 
 
+def attached(run: RunDir, job_id: str | None, since: int, again: str) -> int:
+    """`follow` for a run that another process trains: a Ctrl-C ends the watching alone, and that is said.
+
+    `job_id`: None for a run of this machine. `again`: the command that watches it again.
+    """
+    try:
+        return follow(run, Slurm(job_id) if job_id else Here(run), since)
+    except KeyboardInterrupt:
+        name = f"job {job_id}" if job_id else run.name
+        print(f"{name} goes on; watch it again with: {again}", file=sys.stderr, flush=True)
+        return EXIT_LEFT
+
+
 def _records(run: RunDir, since: int) -> tuple[dict[str, Any], bool]:
     """The trainer's record of the newest attempt, and whether its job has ended for good."""
     attempts = [attempt for attempt in run.attempts() if attempt.number >= since]
     if not attempts:
         return {}, False
     job = rundir.read_json(attempts[-1].job) or {}
-    ended = job.get("state") in ("done", "stopped", "failed", "refused")
-    return rundir.read_json(attempts[-1].train) or {}, ended
+    return rundir.read_json(attempts[-1].train) or {}, job.get("state") in status.FINAL
 
 
 def _show(bar: console.Bar, rows: Rows, record: dict[str, Any], job: Job) -> None:
     rows.read()
     state = job.state()
-    if not record or (record["state"] == "stopped" and state.startswith("PENDING")):
-        bar.update(0, 0, phase="starting" if state == "RUNNING" else state)
+    waits = job.waits()
+    if waits or not record:
+        if sys.stdout.isatty():  # elsewhere a job that waits for days would fill the log: News tells what changes
+            bar.update(0, 0, phase=f"pending: {waits}" if waits else "starting" if state == "RUNNING" else state)
         return
     last = rows.last
     bar.update(
