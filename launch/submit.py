@@ -128,6 +128,10 @@ def main(argv: Sequence[str] | None = None, launcher: str = torchrun.LAUNCHER) -
 
 def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:
     _plain(given)
+    if args.probe:
+        from launch import probe
+
+        return probe.run(args.cluster or "auto", ROOT / "slurm", PATIENCE_S, args.yes, args.dry_run)
     plan = make_plan(args)
     home = _home(args, plan)
     starts = _starts(home, plan)
@@ -199,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the script that would run, write nothing")
     parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, queue nothing")
     parser.add_argument("--follow", action="store_true", help="show progress until the end (always so without SLURM)")
+    parser.add_argument("--probe", action="store_true", help="write a first profile of this cluster: slurm/NAME.yaml")
     parser.add_argument("--yes", action="store_true", help="do not ask back (only a terminal is asked)")
     return parser
 
@@ -293,6 +298,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
             profile, notes = _of_allocation(profile, here)
             minutes = here.minutes or LOCAL_MINUTES
         profile, assumed = clusters.resolve(profile, there)
+        points = tuple((point, clusters.staged(its, profile)) for point, its in points)
+        settings, profile = clusters.staged(settings, profile), clusters.offline(settings, profile)
         assert profile.gpus_per_node != "auto"
         nodes, processes = asked, max(1, profile.gpus_per_node)
         notes = [*notes, *(f"warning: {note}" for note in assumed), *_ignored()]
@@ -383,11 +390,11 @@ def _swept(args: argparse.Namespace, source: Path) -> tuple[tuple[Point, Config]
 def _split(points: Sequence[tuple[Point, Config]], settings: Config, world: int) -> None:
     """Raises SettingsError where a batch cannot be split, naming the points."""
     faults: dict[str, str] = {}
-    for point, its in points or [(None, settings)]:
+    for where, its in [(f" ({' '.join(point.overrides)})", its) for point, its in points] or [("", settings)]:
         try:
             config.split_batch(its.train, world)
         except SettingsError as error:
-            faults.setdefault(str(error), f" ({' '.join(point.overrides)})" if point else "")
+            faults.setdefault(str(error), where)
     if faults:
         raise SettingsError("\nerror: ".join(text + where for text, where in faults.items()))
 
@@ -395,10 +402,11 @@ def _split(points: Sequence[tuple[Point, Config]], settings: Config, world: int)
 def _profile(args: argparse.Namespace, stored: Mapping[str, Any] | None, resumed: RunDir | None) -> Cluster:
     """The profile: that of --cluster, else the resumed run's, else slurm/default.yaml; --time and --exclude over it."""
     if stored and resumed:
-        profile = config.parse(Cluster, stored | ({"time": args.time} if args.time else {}), resumed.cluster)
+        profile = config.parse(Cluster, {**stored} | ({"time": args.time} if args.time else {}), resumed.cluster)
     else:
         wanted = args.cluster if args.cluster not in (None, "auto") else "slurm/default.yaml"
-        profile = clusters.load(_file(wanted), args.time)
+        by_name = wanted == Path(wanted).stem  # `--cluster mine` is slurm/mine.yaml
+        profile = clusters.load(_file(f"slurm/{wanted}.yaml" if by_name else wanted), args.time)
     if not args.exclude:
         return profile
     both = ",".join(filter(None, [profile.exclude, args.exclude]))
@@ -649,7 +657,7 @@ def _sure(args: argparse.Namespace, plan: Plan, starts: Sequence[Start], new_cod
 
 
 def script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
-    """Exactly what will run: the script for sbatch, for bash in an allocation, or the torchrun of each simulated node."""
+    """Exactly what will run: what sbatch gets, what bash runs in an allocation, or a torchrun for each simulated node."""
     if not plan.cluster:
         return "#!/bin/bash\n" + "".join(_local_script(plan, start) for start in starts)
     if plan.allocation:
