@@ -396,7 +396,7 @@ def _result(summary: Mapping[str, Any]) -> str:
 def compressed(hosts: Iterable[str]) -> str:
     """Names of nodes as SLURM writes them: node[1-3,7]."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for host in hosts:
+    for host in dict.fromkeys(hosts):  # simulated nodes are all this machine
         match = re.fullmatch(r"(.*?)(\d+)(\D*)", host)
         prefix, digits, suffix = match.groups() if match else (host, "", "")
         groups.setdefault((prefix, suffix), []).append(digits)

@@ -65,6 +65,8 @@ class Explanation:
     """What the nodes' own checks and jobs said."""
     warnings: list[str]
     """The last warnings before the end."""
+    decision: str
+    """Why it is, or is not, started again; "" where that was not recorded."""
 
 
 _ERROR_LINE = re.compile(r"^(rank \d+: )?(error: |[A-Za-z_][\w.]*(Error|Exception|Exit|Failed|Interrupt)\b)")
@@ -136,6 +138,7 @@ def explain(attempt: Attempt) -> Explanation:
         followed=_grouped([each for each in rest if each.cascade]),
         nodes=_nodes(attempt),
         warnings=[str(event.get("text")) for event in events[-_WARNINGS:]] if text else [],
+        decision=_decision(launched),
     )
 
 
@@ -144,7 +147,7 @@ def lines(found: Explanation) -> list[str]:
     named: list[tuple[str, str]] = []
     if found.first:
         named.append(("first", found.first + (" (it only followed: the first left no word)" * found.only_followed)))
-    named.append(("what to do", found.remedy))
+    named += [("what to do", found.remedy), ("and then", found.decision)]
     named.append(("log", found.log))
     named.append(("stacks", found.stacks))
     for title, texts in (
@@ -168,6 +171,14 @@ def split(text: str) -> tuple[str, str]:
 def rank_log(attempt: Attempt, rank: int) -> Path | None:
     """The log of a rank, whichever node it was on; None if it has none."""
     return next(iter(attempt.path.glob(f"logs/node-*/rank-{rank}.log")), None)
+
+
+def _decision(launched: dict[str, Any]) -> str:
+    if not launched.get("decision"):
+        return ""
+    again = "is started again" if launched.get("state") == "requeued" else "is not started again"
+    left = f", without {', '.join(map(str, launched['exclude']))}" if launched.get("exclude") else ""
+    return f"it {again}: {launched['decision']}{left}"
 
 
 def _remedy(text: str, word: str) -> str:

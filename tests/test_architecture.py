@@ -22,10 +22,14 @@ OWNERS = {
     "submitit": {"launch/submit.py", "launch/cluster.py", "launch/job.py"},
     "altair": {"vitdist/report.py"},
 }
-ENVIRONMENT = {"launch/submit.py", "launch/job.py", "vitdist/cli.py", "vitdist/dist.py", "vitdist/train.py"}
+ENVIRONMENT = {
+    *("launch/submit.py", "launch/jobs.py", "launch/job.py"),
+    *("vitdist/cli.py", "vitdist/dist.py", "vitdist/train.py"),
+}
 HEAVY = {"torch", "deepspeed", "transformers", "webdataset", "wandb"}
 TORCH_FREE = [
     "launch.submit",
+    "launch.jobs",
     "launch.job",
     "vitdist.config",
     "vitdist.rundir",
@@ -99,6 +103,7 @@ def test_the_halves_meet_at_the_run_folder(path: Path) -> None:
             "vitdist.console",
             "vitdist.faults",
             "vitdist.changes",
+            "vitdist.manifest",
             "vitdist.data.index",
         )
         assert all(m.startswith(allowed) for m in ours), ours
