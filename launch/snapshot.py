@@ -1,6 +1,7 @@
 """The code that a job runs, uncommitted work included, and where it came from.
 
     snapshot.take(root, run, argv)      # -> RUN/code, RUN/patch.diff, RUN/env.json
+    snapshot.share(sweep, run)          # the same again, for a point of a sweep
 
 A job that waits for days runs what was submitted, not what the checkout holds by then. Nothing secret may
 land in a run folder: no environment variables, no git remotes, no hidden files, no keys.
@@ -24,7 +25,7 @@ from vitdist.rundir import RunDir
 PARTS = ("launch", "vitdist", "configs", "slurm", "pyproject.toml")
 MAX_BYTES = 1_000_000
 """Larger files are data that strayed into the checkout."""
-KEYS = (".pem", ".key", ".p12", ".pfx")
+KEYS = (".pem", ".key", ".p12", ".pfx", ".env", ".secret", ".token")
 PACKAGES = (
     *("torch", "torchvision", "transformers", "deepspeed", "webdataset", "wandb"),
     *("submitit", "pydantic", "numpy", "pillow"),
@@ -36,6 +37,20 @@ def take(root: Path, run: RunDir, argv: Sequence[str]) -> None:
     copy(root, run.code)
     rundir.publish(run.patch, patch(root))
     rundir.publish_json(run.env, provenance(root, argv))
+
+
+def share(home: RunDir, run: RunDir) -> None:
+    """The snapshot of `home` in `run` too: the same files under a second name, or copies where there are no links."""
+    shutil.copytree(home.code, run.code, copy_function=_link, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, there in ((home.patch, run.patch), (home.env, run.env)):
+        _link(path, there)
+
+
+def _link(source: str | Path, place: str | Path) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy(source, place)
 
 
 def files(root: Path) -> list[Path]:

@@ -657,7 +657,7 @@ def _sure(args: argparse.Namespace, plan: Plan, starts: Sequence[Start], new_cod
 
 
 def script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
-    """Exactly what will run: what sbatch gets, what bash runs in an allocation, or a torchrun for each simulated node."""
+    """Exactly what will run: by sbatch, by bash in an allocation, or as a torchrun for each simulated node."""
     if not plan.cluster:
         return "#!/bin/bash\n" + "".join(_local_script(plan, start) for start in starts)
     if plan.allocation:

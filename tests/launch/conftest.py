@@ -66,7 +66,7 @@ def command(place: Path) -> Callable[[str, str], None]:
 def slurm(command: Callable[[str, str], None]) -> Callable[[str, str], None]:
     """A SLURM with one partition of 4 nodes, 8 GPUs and 96 cores each; returns `command`, to change it."""
     command("sinfo", "echo 'gpu*|4|96|gpu:h200:8(S:0-1)|2-00:00:00'")
-    command("sbatch", "echo Submitted batch job 4711")
+    command("sbatch", "echo 4711")
     command("squeue", "echo 'PENDING|Resources'")
     for name in ("srun", "scontrol"):
         command(name, "exit 0")

@@ -62,7 +62,7 @@ def test_the_sbatch_script_is_the_golden_one(place: Path) -> None:
 
 def test_a_dry_run_is_what_will_be_submitted(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "mine.yaml").write_text(PROFILE)
-    slurm("sbatch", f"/bin/cat $1 > {place}/sent.sh; echo Submitted batch job 4711")
+    slurm("sbatch", f'[ "$1" = --parsable ] && /bin/cat "$2" > {place}/sent.sh; echo 4711')
     arguments = ["--config", "tiny.yaml", "--cluster", "mine.yaml", "--nodes", "4", "--name", "vit", "train.epochs=3"]
     code, script, _ = in_process(capsys, *arguments, "--dry-run")
     assert code == 0
@@ -73,7 +73,11 @@ def test_a_dry_run_is_what_will_be_submitted(slurm: Put, place: Path, capsys: py
     assert script == run.submit.read_text() == (place / "sent.sh").read_text()
     assert "job 4711: 4 nodes with 8 ranks each" in out
     assert str(run.path) in out
-    assert f"tail -F {run.attempt(0).rank_log(0, 0)}" in out
+    assert "asks for    4 nodes x 8 GPUs x 12:00 h = 384 GPU-hours a start" in out
+    assert "starts      not known" in out
+    assert "follow      python launch/jobs.py runs/vit logs -f" in out
+    assert (run.path / "slurm_job").read_text() == "4711\n"
+    assert (run.submitit / "4711_submitted.pkl").exists()
 
 
 def test_a_dry_run_here_is_a_script_of_torchruns(place: Path) -> None:
@@ -401,7 +405,7 @@ def test_L4_a_folder_without_the_right_to_write_is_refused(
 def test_X1_X3_what_a_submission_leaves(
     slurm: Put, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm("sbatch", f"env > {place}/env; pwd > {place}/pwd; echo Submitted batch job 4711")
+    slurm("sbatch", f"env > {place}/env; pwd > {place}/pwd; echo 4711")
     for name in ("SLURM_CPU_BIND", "SLURM_JOB_ID", "SBATCH_PARTITION", "RANK", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "secret-or-stale")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
@@ -612,12 +616,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 def test_following_slurm_tells_the_end(slurm: Put, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """sbatch runs the script's command on the spot, as a cluster of one idle node would."""
     slurm("srun", 'while [[ "$1" == --* ]]; do [[ "$1" == --output ]] && shift; shift; done; exec "$@"')
-    slurm(
-        "sbatch",
-        f"""n=({place}/runs/x/submitit/*.pkl); cp "$n" {place}/runs/x/submitit/4711_submitted.pkl
-export SLURM_JOB_ID=4711 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_JOB_NODELIST=localhost
-bash $1 > {place}/job.out 2>&1 & echo Submitted batch job 4711""",
-    )
+    node = "SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_JOB_NODELIST=localhost"
+    run_it = f"SLURM_JOB_ID=4711 {node} bash $2 > {place}/job.out 2>&1 &"
+    slurm("sbatch", f'[ "$1" = --parsable ] && {{ {run_it} }}\necho 4711')
     slurm("squeue", "echo 'RUNNING|None'")
     (place / "mine.yaml").write_text("{gpus_per_node: 0, cpus_per_task: 1}")
     arguments = ["--config", "tiny.yaml", "--cluster", "mine.yaml", "--name", "x", "--follow"]
