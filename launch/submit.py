@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ from launch import folder, preflight, slurm, snapshot, sweep, torchrun
 from launch.allocation import Allocation
 from launch.cluster import Cluster
 from launch.folder import Parts
+from launch.preflight import Case, Finding
 from launch.slurm import Slurm
 from launch.sweep import Point, Sweep
 from vitdist import changes, config, rundir
@@ -137,7 +138,9 @@ def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:
     starts = _starts(home, plan)
     for note in plan.notes:
         _say(note)
-    refused = _preflight(plan, home, starts)
+    skip = preflight.skipped(args.skip)
+    cases = _cases(args, plan, home, starts)
+    refused = _refused([preflight.check(case, skip) for case in cases], starts)
     if args.dry_run:
         _list_points(plan, starts)
         print(script(plan, home, starts), end="")
@@ -148,6 +151,8 @@ def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:
     if not starts:
         return code
     if refused:
+        return rundir.EXIT_REFUSED
+    if _refused([preflight.fetch(case, _say, skip) for case in cases], starts):
         return rundir.EXIT_REFUSED
     new_code = _goes_on(starts, home)
     if not _sure(args, plan, starts, new_code):
@@ -202,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders lie (default: runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the script that would run, write nothing")
     parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, queue nothing")
+    names = f"leave out checks before the submission: {', '.join(preflight.CHECKS)}"
+    parser.add_argument("--skip", action="append", default=[], metavar="CHECK[,CHECK]", help=names)
     parser.add_argument("--follow", action="store_true", help="show progress until the end (always so without SLURM)")
     parser.add_argument("--probe", action="store_true", help="write a first profile of this cluster: slurm/NAME.yaml")
     parser.add_argument("--yes", action="store_true", help="do not ask back (only a terminal is asked)")
@@ -567,17 +574,40 @@ def _changed(run: RunDir, settings: Config) -> list[Change]:
     return changed
 
 
-def _preflight(plan: Plan, home: RunDir, starts: Sequence[Start]) -> bool:
-    """Tell all findings; returns whether one of them refuses."""
+def _cases(args: argparse.Namespace, plan: Plan, home: RunDir, starts: Sequence[Start]) -> list[Case]:
+    """What preflight looks at. The script, of all points together, is tried once."""
+    with _clean_environment(None):
+        env = dict(os.environ)
+    asked = plan.cluster and not (plan.allocation or args.dry_run or args.test_only)
+    text = script(plan, home, starts) if asked else None
+    first = Case(
+        plan.settings,
+        starts[0].run,
+        plan.nodes,
+        plan.processes,
+        plan.cluster,
+        plan.slurm,
+        env=env,
+        script=text,
+        points=len(starts),
+        dry=args.dry_run,
+        patience_s=DRY_PATIENCE_S if args.dry_run else PATIENCE_S,
+    )
+    return [
+        replace(first, settings=start.settings, run=start.run, script=None if number else text)
+        for number, start in enumerate(starts)
+    ]
+
+
+def _refused(findings: Sequence[Sequence[Finding]], starts: Sequence[Start]) -> bool:
+    """Tell what preflight found, of each start; returns whether something of it refuses."""
     found: dict[str, list[str]] = {}
-    refused = False
-    for start in starts:
-        for finding in preflight.check(start.settings, home.path.parent, plan.nodes, plan.cluster, plan.slurm):
+    for start, its in zip(starts, findings, strict=True):
+        for finding in its:
             found.setdefault(str(finding), []).append(start.run.name)
-            refused |= finding.level == "refuse"
     for text, names in found.items():
         _say(text if len(names) == len(starts) else f"{text} ({', '.join(names[:3])}{', ...' if names[3:] else ''})")
-    return refused
+    return any(finding.level == "refuse" for its in findings for finding in its)
 
 
 def _not_already(home: RunDir, starts: Sequence[Start], follow: bool) -> tuple[list[Start], int]:
