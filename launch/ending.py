@@ -48,8 +48,8 @@ def stop(run: RunDir, say: Say, listen_s: float = LISTEN_S) -> Status:
     if found.state == "pending":
         _wish(run, checkpoint=True)
         _scancel(folder.job_id, "--state=PENDING")
-        folder, found = _found(run)
-        if found.state not in (*LIVE, "UNKNOWN") or found.state == "pending":
+        folder, now = _found(run)
+        if now.state not in LIVE or now.state == "pending":
             say(f"job {folder.job_id} is taken out of the queue")
             return found
     if not _listening(run, listen_s):

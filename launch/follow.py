@@ -212,7 +212,7 @@ class News:
             if launched["state"] == "requeued":  # other ends are the run's, and told at length
                 cause = why.split(launched.get("cause") or f"stopped by {record.get('reason') or 'SLURM'}")[0]
                 reached = f" at step {record['step']}" if record.get("step") is not None else ""
-                rule = f" ({launched['decision']})" if launched.get("decision") else ""
+                rule = f" ({launched['decision']})" if launched.get("decision") and launched.get("cause") else ""
                 left = f", without {', '.join(launched['exclude'])}" if launched.get("exclude") else ""
                 lines.append(f"attempt {number} ended{reached}, {cause}: SLURM starts it again{rule}{left}")
         return lines

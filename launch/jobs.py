@@ -33,7 +33,7 @@ if __name__ == "__main__":
     # Python put launch/ there, whose files would hide modules of the same names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch import completion, ending, follow, logs, slurm, status, why
+from launch import completion, ending, follow, logs, slurm, status, torchrun, why
 from launch.status import LIVE, Status
 from vitdist import console, faults, manifest, rundir
 from vitdist.config import SettingsError
@@ -60,12 +60,12 @@ class Sweep(NamedTuple):
     points: list[RunDir]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(argv: Sequence[str] | None = None, launcher: str = torchrun.LAUNCHER) -> int:
+    """The command; returns its exit code. `launcher`: a module with torchrun's flags, for tests."""
     parser = _parser()
     args = parser.parse_intermixed_args(list(sys.argv[1:] if argv is None else argv))
     try:
-        code = _run(args)
+        code = _run(args, launcher)
         sys.stdout.flush()
         return code
     except (SettingsError, ValueError) as error:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return follow.EXIT_LEFT
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, launcher: str) -> int:
     if args.completion:
         from launch import submit
 
@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
         return _watched(args, lambda: _list(args))
     found = find(args.run, Path(args.runs))
     if isinstance(found, Sweep):
-        return _of_sweep(args, found)
+        return _of_sweep(args, found, launcher)
     actions: dict[str | None, Callable[[], int]] = {
         None: lambda: _watched(args, lambda: _details(args, found)),
         "logs": lambda: _logs(args, found),
@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
         "why": lambda: _why(args, found),
         "stop": lambda: _stop(args, [found]),
         "cancel": lambda: _cancel(args, [found]),
-        "resume": lambda: _resume(args, found),
+        "resume": lambda: _resume(args, found.path, launcher),
     }
     return actions[args.command]()
 
@@ -220,7 +220,7 @@ def is_run(folder: Path) -> bool:
 def below(runs: Path) -> list[RunDir]:
     """The runs in a folder, by name. Raises SettingsError where the folder cannot be read."""
     try:
-        with os.scandir(runs) as entries:
+        with os.scandir(runs.absolute()) as entries:
             folders = [Path(entry.path) for entry in entries if not entry.name.startswith(".")]
     except FileNotFoundError:
         return []
@@ -231,6 +231,8 @@ def below(runs: Path) -> list[RunDir]:
 
 def find(text: str, runs: Path) -> RunDir | Sweep:
     """The run that is meant: a name, a path, a job id, the only one that begins so. Raises SettingsError."""
+    if not text.strip():
+        raise SettingsError("RUN is empty: give a name, a path or a job id")
     named = runs / text
     for folder in ([named] if re.fullmatch(r"[\w.-]+", text) else []) + [Path(os.path.expanduser(text))]:
         if found := _at(folder):
@@ -463,7 +465,7 @@ def _next(args: argparse.Namespace, run: RunDir, found: Status, whole: int | Non
             return [f"{me} logs -f", f"{me} stop  # a checkpoint first", f"{me} cancel  # at once"]
         case "done":
             report = [f"open {shlex.quote(str(run.report))}"] if run.report.exists() else []
-            return [*report, f"{me} resume train.epochs=...  # makes it longer"]
+            return [*report, f"{me} resume {_longer(run, found)}  # makes it longer"]
         case "stopped" | "cancelled":
             return [resume]
         case "failed" | "refused" | "gone":
@@ -472,6 +474,19 @@ def _next(args: argparse.Namespace, run: RunDir, found: Status, whole: int | Non
             return [f"squeue -j {found.job}", f"{me} logs"]
         case _:
             return []
+
+
+def _longer(run: RunDir, found: Status) -> str:
+    """An override that doubles the length of a finished run, in the unit that it was given in."""
+    from vitdist import config
+
+    try:
+        train = config.load(run.config).train
+    except (SettingsError, OSError):
+        return "train.steps=..."
+    if train.steps is None and train.epochs:
+        return f"train.epochs={2 * train.epochs:g}"
+    return f"train.steps={2 * (found.total or train.steps or 1)}"
 
 
 def _command(args: argparse.Namespace, run: RunDir) -> str:
@@ -499,7 +514,7 @@ def _why(args: argparse.Namespace, run: RunDir) -> int:
     print(f"{run.name}: {words.get(found.state, found.state)}{at}" + (f"; {found.note}" if found.note else ""))
     if attempt and explained:
         if args.attempt is not None or explained.state != found.state:
-            print(f"{'start':<12}{_attempt_line(_attempt(attempt))}")
+            print(f"{'start':<12}{_attempt_line(_attempt(attempt) | {'cause': None, 'decision': None})}")
         for line in why.lines(explained):
             print(line)
     if args.attempt is None:
@@ -607,7 +622,7 @@ def _cancel(args: argparse.Namespace, runs: Sequence[RunDir]) -> int:
     for run in runs:
         _, found = status.read_one(run, PATIENCE_S)
         whole = ending.kept(run) if found.state != "unreadable" else None
-        keeps = "there is no checkpoint: all is lost"
+        keeps = "there is no checkpoint yet"
         if whole is not None:
             behind = max(0, (found.step or 0) - whole)
             keeps = f"kept: {manifest.name_of(whole)}" + (f", {behind} steps behind" if behind else "")
@@ -621,7 +636,7 @@ def _cancel(args: argparse.Namespace, runs: Sequence[RunDir]) -> int:
         if ending.cancel(run, _say).state not in LIVE:
             print(f"{run.name} is {found.state}: nothing to cancel")
         else:
-            print(f"{run.name}: {keeps}; {_command(args, run)} resume goes on")
+            print(f"{run.name}: {keeps}; {_command(args, run)} resume {'begins anew' if whole is None else 'goes on'}")
     return 0
 
 
@@ -632,18 +647,18 @@ def _confirmed(question: str) -> bool:
         return False
 
 
-def _resume(args: argparse.Namespace, run: RunDir) -> int:
+def _resume(args: argparse.Namespace, folder: Path, launcher: str) -> int:
     from launch import submit
 
-    given = ["--resume", str(run.path)]
+    given = ["--resume", str(folder)]
     given += ["--nodes", str(args.nodes)] if args.nodes is not None else []
     given += ["--time", args.time] if args.time else []
     given += [flag for flag, wanted in (("--follow", args.follow), ("--yes", args.yes)) if wanted]
-    return submit.main([*given, *args.overrides])
+    return submit.main([*given, *args.overrides], launcher)
 
 
-def _of_sweep(args: argparse.Namespace, sweep: Sweep) -> int:
-    """The points of a sweep: listed, stopped or cancelled together."""
+def _of_sweep(args: argparse.Namespace, sweep: Sweep, launcher: str) -> int:
+    """The points of a sweep: listed, stopped, cancelled or resumed together."""
     if args.command is None:
         return _watched(args, lambda: _listed(args, *status.read_all(sweep.points, PATIENCE_S)))
     if args.command == "stop":
@@ -655,6 +670,8 @@ def _of_sweep(args: argparse.Namespace, sweep: Sweep) -> int:
                 return rundir.EXIT_REFUSED
             args.yes = True
         return _cancel(args, sweep.points)
+    if args.command == "resume":
+        return _resume(args, sweep.path, launcher)
     first = sweep.points[0].name if sweep.points else f"{sweep.path.name}-00"
     raise SettingsError(f"{sweep.path.name} is a sweep: {args.command} takes one of its points, such as {first}")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import pending, slurm, why
-from vitdist import faults, rundir
+from vitdist import faults, manifest, rundir
 from vitdist.rundir import Attempt, RunDir
 
 FINAL = ("done", "stopped", "refused", "failed")
@@ -56,6 +56,8 @@ class Folder:
     """The newest figures of that attempt."""
     stop: Mapping[str, Any] = field(default_factory=dict)
     """stop.json, if it is meant for the newest attempt: {"time", "by", "checkpoint"}."""
+    saved: int | None = None
+    """Step of the newest checkpoint by its name; whether it is whole nobody has looked."""
     here: bool = False
     """Whether a process of this machine trains it, or is about to."""
     broken: str = ""
@@ -112,6 +114,7 @@ def look(run: RunDir) -> Folder:
             train=train,
             row=_newest_row(run.metrics, attempt.number) if attempt else {},
             stop=_stop(run, job),
+            saved=max(manifest.steps(run), default=None),
         )
         here = job_id is None and _unfinished(folder) and is_here(run, job)
         return folder if not here else _at_home(folder)
@@ -337,20 +340,20 @@ def _of_here(folder: Folder) -> str:
 def _note(folder: Folder, state: str, known: slurm.Job | None, now: datetime) -> tuple[str, str]:
     """(what there is to say of a run in this state, what can be done)."""
     train, job_id = folder.train, folder.job_id
-    step = train.get("goes_on_from", train.get("step"))
+    goes_on = "begins anew" if folder.saved is None else f"goes on from step {folder.saved}"
     match state:
         case "done":
             return _result(train.get("summary") or {}), ""
         case "pending":
             assert known
-            before = f"goes on from step {step}; " if folder.job.get("job_id") == job_id and step else ""
+            before = f"{goes_on}; " if folder.attempt else ""
             return before + pending.told(known, now.replace(tzinfo=None)), pending.why(known.reason, known.id).remedy
         case "stopped":
-            return (f"goes on from step {step}" if step else ""), "resume"
+            return goes_on, "resume"
         case "failed" | "refused":
             return _why_failed(folder, known)
         case "cancelled":
-            return "", "resume"
+            return goes_on, "resume"
         case "gone" if job_id:
             return f"SLURM no longer knows job {job_id}, and it left no word of its end", "why"
         case "gone":

@@ -136,7 +136,7 @@ def explain(attempt: Attempt) -> Explanation:
         stacks=str(stacks) if stacks and stacks.exists() else "",
         also=[split(each.text)[0] for each in rest if not each.cascade],
         followed=_grouped([each for each in rest if each.cascade]),
-        nodes=_nodes(attempt),
+        nodes=[node for node in _nodes(attempt) if not text or text not in node],
         warnings=[str(event.get("text")) for event in events[-_WARNINGS:]] if text else [],
         decision=_decision(launched),
     )
@@ -174,7 +174,7 @@ def rank_log(attempt: Attempt, rank: int) -> Path | None:
 
 
 def _decision(launched: dict[str, Any]) -> str:
-    if not launched.get("decision"):
+    if not launched.get("decision") or launched.get("state") == "done":
         return ""
     again = "is started again" if launched.get("state") == "requeued" else "is not started again"
     left = f", without {', '.join(map(str, launched['exclude']))}" if launched.get("exclude") else ""
