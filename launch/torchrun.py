@@ -27,6 +27,11 @@ def port(job_id: str, attempt: int) -> int:
     return PORTS[int.from_bytes(digest[:8], "big") % len(PORTS)]
 
 
+def ports(job_id: str, attempt: int) -> tuple[int, ...]:
+    """Where a start meets: the first of these that is free on its first node."""
+    return tuple(dict.fromkeys(port(job_id if i == 0 else f"{job_id} {i}", attempt) for i in range(4)))
+
+
 def argv(
     python: str,
     nodes: int,

@@ -7,10 +7,12 @@
       code/ patch.diff          the code that runs; what of it was not committed
       attempts/K/job.json       the launcher's record of start K   (one writer: the first node's job)
       attempts/K/train.json     the trainer's record of start K    (one writer: rank 0)
-      attempts/K/logs/node-N/   torchrun.log, rank-R.log; node.json: how that node ended (one writer: its job)
+      attempts/K/logs/node-N/   torchrun.log, rank-R.log; check.json: its state before training; node.json: how it ended
+                                (one writer: that node's job)
       attempts/K/faults/        rank-R.json: what ended that rank (one writer: the rank; a peer for one that hangs)
       attempts/K/stacks/        rank-R.txt, rank-R.json: where that rank stood when the attempt hung
       checkpoints/step-S/       appears whole; manifest.json says what is in it
+      stop.json                 the user's wish that it stops   (one writer: launch/jobs.py)
       metrics.jsonl             one row every few steps, the truth that W&B mirrors
       evaluation.json predictions.npz    the newest evaluation
       bad_samples.jsonl         every broken sample that was met: step, set, shard, key, reason
@@ -75,6 +77,9 @@ class Attempt:
     def node(self, node: int) -> Path:
         return self.path / "logs" / f"node-{node}" / "node.json"
 
+    def check(self, node: int) -> Path:
+        return self.path / "logs" / f"node-{node}" / "check.json"
+
     def rank_log(self, node: int, rank: int) -> Path:
         return self.path / "logs" / f"node-{node}" / f"rank-{rank}.log"
 
@@ -119,6 +124,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def stop(self) -> Path:
+        """The user's wish that the run stops for good, after a checkpoint."""
+        return self.path / "stop.json"
 
     @property
     def metrics(self) -> Path:

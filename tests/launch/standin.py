@@ -132,6 +132,7 @@ def _first(run: RunDir, attempt: Attempt, stopping: stop.StopRequest, orders: di
             if stopping or (run.path / "asked").exists():
                 saved.parent.mkdir(exist_ok=True)
                 saved.write_text(str(step))
+                (saved.parent / f"step-{step:08d}").mkdir(exist_ok=True)
                 publish("stopped", reason=stopping.reason)
                 return rundir.EXIT_STOPPED
             while (run.path / "lost").exists():

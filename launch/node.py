@@ -1,0 +1,305 @@
+"""This node among those of a job: who it is, what it records, what the run folder says of the starts before.
+
+    node = Node.here(...)               # from what SLURM, or submitit's local executor, says in the environment
+    node.end("requeued", cause, decision)
+
+The run folder is the only memory: SLURM starts a job again after a node's end with the same pickle, and its own counter
+does not tell a preemption from a crash.
+"""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from launch import policy, rollcall, slurm, torchrun, why
+from launch.policy import Decision, Start
+from launch.rollcall import Answer
+from vitdist import faults, manifest, rundir
+from vitdist.rundir import Attempt, RunDir
+
+POLL_S = 0.2
+CHECK_S = 60.0
+"""For a node's check of itself, whose questions to driver and file systems are bounded one by one, but for a read."""
+RECORD_S = 1800.0
+"""Longest wait for the first node's last word: it exports and writes the report after the others are done."""
+PATIENCE_S = {"slurm": 10.0, "local": 3.0}
+"""For what another node writes to reach this one, and for the ranks of a run that lost one to say so."""
+
+
+class RunFailed(RuntimeError):
+    """The run ended for the reason given. Its text is all that submitit keeps of it."""
+
+
+@dataclass
+class Node:
+    """One of the nodes of a start."""
+
+    run: RunDir
+    attempt: Attempt
+    base: int
+    """Number of the job's first start."""
+    index: int
+    processes: int
+    """Ranks on each node."""
+    kind: Literal["slurm", "local"]
+    job_id: str
+    hosts: list[str]
+    """All nodes by number, in the scheduler's words; of simulated ones this machine for each."""
+    master: str
+    ports: tuple[int, ...]
+    """Where the nodes may meet; `said` has the one that they use."""
+    token: str
+    """What tells the job's own nodes from strangers at the roll call."""
+    profile: dict[str, Any]
+    """Of RUN/cluster.yaml; {} for simulated nodes."""
+    partition: str | None = None
+    end_at: float | None = None
+    """When SLURM will end it, in Unix seconds."""
+    said: Answer = field(default_factory=Answer)
+    """Of the roll call."""
+    _started: str = field(default_factory=rundir.now)
+    _began: float = field(default_factory=time.time)
+
+    @property
+    def nodes(self) -> int:
+        return len(self.hosts)
+
+    @property
+    def port(self) -> int:
+        return self.said.port or self.ports[0]
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    # ---- before the trainers ---------------------------------------------------------------------
+
+    def begin(self) -> None:
+        if self.first:
+            # A kill in the middle of a dump leaves one, and submitit's next dump would refuse to write (submitit#1617).
+            for torn in self.run.submitit.glob(f"{self.job_id}_*.save_tmp"):
+                torn.unlink()
+            self._publish("running", None, None, None)
+
+    def meet(self, ended: Callable[[], bool]) -> None:
+        """Check this node and meet the others. Raises RunFailed with the fault, which `said` keeps.
+
+        `ended`: whether there is no point any more, since the job is to stop.
+        """
+        mine = self._check(ended)
+        if ended():
+            return
+        rundir.publish_json(self.attempt.check(self.index), mine)
+        self.find_master()
+        if self.first:
+            try:
+                self.said = rollcall.call(self.token, self.hosts, mine, self.ports, ended=ended)
+            except OSError as error:
+                tried = ", ".join(map(str, self.ports))
+                told = f"ports {tried} on {socket.gethostname()} cannot be used ({error.strerror})"
+                self.said = Answer(f"{told}: the next start takes other ones", "port_in_use")
+        else:
+            self.said = rollcall.report(self.token, self.index, mine, self.master, self.ports, ended=ended)
+        if self.first:
+            for warning in self.said.warnings:
+                print(f"warning: {warning}", flush=True)
+        if self.said.fault and not ended():
+            raise RunFailed(self.said.fault)
+
+    def _check(self, ended: Callable[[], bool]) -> dict[str, Any]:
+        """What vitdist.nodecheck says of this node; a child, since a driver or a mount may hang."""
+        gpus = int(self.profile.get("gpus_per_node") or 0)
+        command = [sys.executable, "-m", "vitdist.nodecheck", str(self.run.path)]
+        command += ["--gpus", str(gpus), "--processes", str(self.processes)]
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.run.code,
+            preexec_fn=_deaf,
+        )
+        deadline = time.monotonic() + CHECK_S
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, error = child.communicate(timeout=POLL_S)
+                break
+            if time.monotonic() > deadline or ended():
+                child.kill()  # not waited for: a process in a hanging system call does not even hear this
+                return self._unchecked(f"its check did not end in {CHECK_S:.0f} s: a mount or a driver hangs")
+        try:
+            return dict(json.loads(out))
+        except ValueError:
+            told = [line for line in error.splitlines() if line.strip()]
+            return self._unchecked(f"its check ended with {child.returncode}: {told[-1] if told else 'no word'}")
+
+    def _unchecked(self, fault: str) -> dict[str, Any]:
+        return {"host": socket.gethostname(), "faults": [fault], "warnings": [], "versions": {}, "gpus": []}
+
+    def find_master(self) -> None:
+        """Raises RunFailed if this node cannot find the first one."""
+        if self.master != torchrun.LOCAL:
+            self.master = address(self.master)
+
+    # ---- records ---------------------------------------------------------------------------------
+
+    def end(self, state: str, cause: str | None, code: int | None, decision: Decision | None = None) -> None:
+        """Record how this node ended; the first node records it of the job."""
+        ended = {"node": self.index, "host": socket.gethostname(), "state": state, "cause": cause, "code": code}
+        rundir.publish_json(self.attempt.node(self.index), {**ended, "ended": rundir.now()})
+        if self.first:
+            self._publish(state, cause, rundir.now(), decision)
+
+    def _publish(self, state: str, cause: str | None, ended: str | None, decision: Decision | None) -> None:
+        rundir.publish_json(
+            self.attempt.job,
+            {
+                "attempt": self.attempt.number,
+                "scheduler": self.kind,
+                "job_id": self.job_id,
+                "hosts": self.hosts,
+                "nodes": self.nodes,
+                "processes": self.processes,
+                "master": self.master,
+                "port": self.port,
+                "started": self._started,
+                "ended": ended,
+                "state": state,
+                "cause": cause,
+                "start": dataclasses.asdict(decision.of) if decision and decision.of else None,
+                "decision": decision.why if decision else None,
+                "exclude": list(decision.exclude) if decision else [],
+            },
+        )
+
+    def others(self) -> list[dict[str, Any] | None]:
+        """What the other nodes have recorded of their end."""
+        return [rundir.read_json(self.attempt.node(i)) for i in range(self.nodes) if i != self.index]
+
+    def wait_for_first(self, patience_s: float = RECORD_S) -> None:
+        """Stay until the first node has recorded the end: our exit would have srun end it, within a minute."""
+        deadline = time.monotonic() + patience_s
+        while not self.first and self.kind == "slurm" and time.monotonic() < deadline:
+            if (rundir.read_json(self.attempt.job) or {}).get("ended"):
+                return
+            time.sleep(POLL_S)
+
+    # ---- how it ended ----------------------------------------------------------------------------
+
+    def verdict(self, code: int | None) -> str:
+        """done, stopped, refused or failed. torchrun turns every exit code of a trainer into 1, so records decide."""
+        record = rundir.read_json(self.attempt.train) or {}
+        state = str(record.get("state"))
+        if state in ("done", "stopped", "refused"):
+            return state
+        if code == 0:
+            return "done"
+        # On a shared file system the record of rank 0 may reach this node late; torchrun's log is this node's own.
+        failed = torchrun.failures(why.tail(self.attempt.torchrun_log(self.index)))
+        left_after_saving = failed and failed[0].code == rundir.EXIT_STOPPED
+        return "stopped" if left_after_saving else "failed"
+
+    def cause(self) -> str:
+        """Why the run failed. Where a rank only lost its peer, wait a moment for the peer's side of it."""
+        deadline = time.monotonic() + (PATIENCE_S[self.kind] / 2 if self.nodes > 1 else 0)
+        while True:
+            found = why.cause(self.attempt)
+            if not found.cascade or time.monotonic() > deadline:
+                return found.text
+            time.sleep(POLL_S)
+
+    def wished(self) -> bool:
+        """Whether the user has asked this start to stop for good."""
+        asked = rundir.read_json(self.run.stop) or {}
+        return str(asked.get("time", "")) >= self._started
+
+    def decide(self, state: str, warned: bool) -> Decision:
+        """What follows this start, by the rules of launch/policy.py."""
+        record = rundir.read_json(self.attempt.train) or {}
+        start = Start(
+            state=state,
+            began=int(record.get("resumed_from") or 0),
+            reached=max(manifest.steps(self.run), default=0),
+            out_of_time=warned and self._near_its_limit(),
+            wished=self.wished(),
+            **(self._failure(record) if state == "failed" else {}),
+        )
+        decision = policy.decide([*self._earlier(), start], self.profile.get("max_starts"))
+        return dataclasses.replace(decision, of=start)
+
+    def _failure(self, record: dict[str, Any]) -> dict[str, Any]:
+        if self.said.fault:
+            return {"word": self.said.word, "hosts": tuple(self.said.hosts)}
+        root = faults.root(faults.read(self.attempt))
+        if root:
+            error = None if root.word in ("killed", "hang") else root.type
+            host = self.hosts[min(root.rank // self.processes, self.nodes - 1)]
+            return {"word": root.word, "error": error, "step": root.step, "hosts": (host,)}
+        logs = (self.attempt.torchrun_log(i) for i in range(self.nodes))
+        codes = {failure.code for log in logs for failure in torchrun.failures(why.tail(log))}
+        final = rundir.EXIT_DO_NOT_REQUEUE in codes
+        return {"word": "data_failure" if final else None, "step": int(record.get("step") or 0)}
+
+    def _near_its_limit(self) -> bool:
+        # SLURM warns up to a minute early.
+        delay = float(self.profile.get("signal_delay_s") or 0)
+        return self.end_at is not None and time.time() >= self.end_at - delay - 90
+
+    def _earlier(self) -> list[Start]:
+        """The job's starts before this one. One that was cut off left no word: a node died, or SLURM requeued it."""
+        found = []
+        for attempt in self.run.attempts():
+            if self.base <= attempt.number < self.attempt.number:
+                told = (rundir.read_json(attempt.job) or {}).get("start")
+                began = int((rundir.read_json(attempt.train) or {}).get("resumed_from") or 0)
+                found.append(
+                    Start(**told | {"hosts": tuple(told["hosts"])}) if told else Start("running", began, began)
+                )
+        return found
+
+    # ---- the next start --------------------------------------------------------------------------
+
+    def requeue(self, decision: Decision) -> str | None:
+        """Have SLURM start the job again; returns why it would not, or None."""
+        if error := slurm.requeue(self.job_id):
+            return error
+        own = [self.profile["exclude"]] if self.profile.get("exclude") else []
+        if decision.exclude and (error := slurm.exclude(self.job_id, [*own, *decision.exclude])):
+            print(f"{', '.join(decision.exclude)} cannot be left out of the next start: {error}", flush=True)
+        return None
+
+    def spare(self, decision: Decision) -> Decision:
+        """`decision` without nodes to leave out where the partition would be too small without them."""
+        there = slurm.partitions(10.0) if decision.exclude else None
+        known = sum(kind.number for kind in there.nodes(self.partition)) if there else 0
+        if not known or known - len(decision.exclude) >= self.nodes:
+            return decision
+        print(f"{', '.join(decision.exclude)} stay: without them the partition has too few nodes", flush=True)
+        return dataclasses.replace(decision, exclude=())
+
+
+def address(host: str) -> str:
+    """`host`, or the address that SLURM has of it where the name does not resolve. Raises RunFailed."""
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(host, None)
+        return host
+    if found := slurm.address(host):
+        return found
+    raise RunFailed(
+        f"the first node's name, {host}, does not resolve on {socket.gethostname()}: mend DNS or /etc/hosts"
+    )
+
+
+def _deaf() -> None:
+    """SLURM's signals reach every process of the step; a check that dies of one would read as a bad node."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
