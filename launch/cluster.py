@@ -153,6 +153,9 @@ class Cluster(Section):
     """Limit of one start: minutes, or HH:MM:SS, or D-HH:MM:SS. A run that is not done by then saves and requeues."""
     signal_delay_s: Annotated[int, Field(ge=30, le=3600)] = 120
     """Seconds before the limit at which the run is told to save. Must cover a checkpoint."""
+    max_starts: Annotated[int, Field(ge=1)] | None = None
+    """Starts of one job at most, whatever ends them; default: no limit. Time limits, preemptions and lost nodes are
+    not counted otherwise, crashes are (three in a row without a new checkpoint end a run)."""
 
     # ---- the environment of the trainers
 
