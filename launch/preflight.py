@@ -71,7 +71,7 @@ class Case:
 
 
 def check(case: Case, skip: Iterable[str] = ()) -> list[Finding]:
-    """All findings of all checks but those in `skip`."""
+    """All findings of all checks but those in `skip`; notes only where nothing refuses."""
     found: list[Finding] = []
     for name, look in CHECKS.items():
         if name in skip:
@@ -81,6 +81,8 @@ def check(case: Case, skip: Iterable[str] = ()) -> list[Finding]:
         except OSError as error:  # a file system that is away, a folder that may not be read
             findings = [Finding("warn", f"could not be looked at: {error.filename or ''} {error.strerror or error}")]
         found += [replace(finding, check=name) for finding in findings]
+    if any(finding.level == "refuse" for finding in found):
+        return [finding for finding in found if finding.level != "note"]  # nothing is started that they would tell of
     return found
 
 

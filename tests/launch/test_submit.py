@@ -207,7 +207,7 @@ REFUSED = {
         r"error: --nodes 40000: at most 256 simulated",
     ),
     "no such user": (["--config", "~nobodyhere/x.yaml"], r"error: ~nobodyhere/x.yaml: no such file"),
-    "signs that do not print": (["--runs", "a\x1b[31m"], r"error: --runs 'a\\x1b\[31m': SLURM cannot write logs"),
+    "signs that do not print": (["--runs", "a\x1b[31m"], r"error: 'a\\x1b\[31m': holds signs that do not print"),
     "a time without end": (["--time", "9" * 5000], r"error: time '9{40}...': write minutes"),
     "unknown option": (["--gpus", "2"], r"error: unrecognized arguments: --gpus"),
 }
@@ -310,7 +310,7 @@ def test_a_local_checkpoint_is_looked_at(place: Path, capsys: pytest.CaptureFixt
             ["model.pretrained=vit.pth"],
             r"give: model.heads .*; model.layer_norm_eps .*; data.mean .*; data.std",
         ),
-        (["model.pretrained=vit.pth", *told[:1], *pixels], r"so give: model.layer_norm_eps \(1e-6 in .*\)\n"),
+        (["model.pretrained=vit.pth", *told[:1], *pixels], r"so give: model.layer_norm_eps \(1e-6 in .*\) \[weights\]\n"),
         (["model.pretrained=vit.pth", *told, *pixels], ""),
     ):
         common = ("--config", "tuned.yaml", "--name", "x", "--dry-run", "--cluster", "local")
@@ -377,8 +377,8 @@ def test_L2_what_sbatch_says_is_shown_and_nothing_is_left(
     code, out, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x")
     assert code == 2
     assert out == ""
-    said = "error: SLURM refused the job: sbatch: error: Invalid account or account/partition combination specified"
-    assert err.splitlines()[-1] == said
+    said = "SLURM refuses the job: sbatch: error: Invalid account or account/partition combination specified [script]"
+    assert err.splitlines()[-1] == f"error: {said}"
     assert tree(place) == before
 
 
