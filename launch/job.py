@@ -21,16 +21,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import submitit
-import yaml
 from submitit.helpers import DelayedSubmission
 
-from launch import slurm, torchrun
+from launch import cluster, slurm, torchrun
 from launch.node import PATIENCE_S, POLL_S, Node, RunFailed
 from launch.process import Torchrun
-from vitdist import rundir
+from vitdist import config, rundir
 from vitdist.rundir import RunDir
 
 LOOK_S = 2.0
@@ -121,7 +120,10 @@ class NodeJob:
         if self.kind == "local":
             own = self.devices[node.index * self.processes_per_node :][: self.processes_per_node]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        return Torchrun(command, env, node.run.code, node.attempt.torchrun_log(node.index))
+        if node.profile:
+            places = cluster.places(node.run, config.load(node.run.config), node.profile)
+            command = cluster.wrap(command, node.profile, places, node.hosts[node.index])
+        return Torchrun(command, env, node.run.code, node.attempt.torchrun_log(node.index), self.launcher)
 
     def _finish(self, node: Node, process: Torchrun) -> str:
         """Wait for torchrun, pass on the wish to stop, end it if another node has failed; returns how it ended."""
@@ -218,17 +220,9 @@ def here(job: NodeJob) -> Node:
         master=torchrun.LOCAL if local or len(hosts) == 1 else hosts[0],
         ports=torchrun.ports(str(run.path) if local else env.job_id, attempt),
         token=job.token,
-        profile={} if local else _profile(run),
+        profile=None if local or not run.cluster.exists() else cluster.of_run(run),
         partition=os.environ.get("SLURM_JOB_PARTITION"),
         end_at=None if local else slurm.end_time(env.job_id),
-    )
-
-
-def _profile(run: RunDir) -> dict[str, Any]:
-    return (
-        dict(yaml.safe_load(run.cluster.read_text(encoding="utf-8")).get("profile") or {})
-        if run.cluster.exists()
-        else {}
     )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from launch import policy, rollcall, slurm, torchrun, why
+from launch.cluster import Cluster
 from launch.policy import Decision, Start
 from launch.rollcall import Answer
 from vitdist import faults, manifest, rundir
@@ -58,8 +59,8 @@ class Node:
     """Where the nodes may meet; `said` has the one that they use."""
     token: str
     """What tells the job's own nodes from strangers at the roll call."""
-    profile: dict[str, Any]
-    """Of RUN/cluster.yaml; {} for simulated nodes."""
+    profile: Cluster | None = None
+    """None for simulated nodes."""
     partition: str | None = None
     end_at: float | None = None
     """When SLURM will end it, in Unix seconds."""
@@ -116,7 +117,7 @@ class Node:
 
     def _check(self, ended: Callable[[], bool]) -> dict[str, Any]:
         """What vitdist.nodecheck says of this node; a child, since a driver or a mount may hang."""
-        gpus = int(self.profile.get("gpus_per_node") or 0)
+        gpus = int(self.profile.gpus_per_node) if self.profile else 0
         command = [sys.executable, "-m", "vitdist.nodecheck", str(self.run.path)]
         command += ["--gpus", str(gpus), "--processes", str(self.processes)]
         child = subprocess.Popen(
@@ -233,7 +234,7 @@ class Node:
             wished=self.wished(),
             **(self._failure(record) if state == "failed" else {}),
         )
-        decision = policy.decide([*self._earlier(), start], self.profile.get("max_starts"))
+        decision = policy.decide([*self._earlier(), start], self.profile.max_starts if self.profile else None)
         return dataclasses.replace(decision, of=start)
 
     def _failure(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +252,7 @@ class Node:
 
     def _near_its_limit(self) -> bool:
         # SLURM warns up to a minute early.
-        delay = float(self.profile.get("signal_delay_s") or 0)
+        delay = self.profile.signal_delay_s if self.profile else 0
         return self.end_at is not None and time.time() >= self.end_at - delay - 90
 
     def _earlier(self) -> list[Start]:
@@ -272,7 +273,7 @@ class Node:
         """Have SLURM start the job again; returns why it would not, or None."""
         if error := slurm.requeue(self.job_id):
             return error
-        own = [self.profile["exclude"]] if self.profile.get("exclude") else []
+        own = [self.profile.exclude] if self.profile and self.profile.exclude else []
         if decision.exclude and (error := slurm.exclude(self.job_id, [*own, *decision.exclude])):
             print(f"{', '.join(decision.exclude)} cannot be left out of the next start: {error}", flush=True)
         return None

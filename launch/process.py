@@ -1,6 +1,6 @@
 """The process that starts a node's trainers: torchrun, which ignores SLURM's warning, and does not outlive this one.
 
-process = Torchrun(argv, env, cwd, log)
+process = Torchrun(argv, env, cwd, log, launcher)
 while process.poll() is None: process.look_after()
 """
 
@@ -21,7 +21,8 @@ KILL_S = 2.0
 class Torchrun:
     """The process that starts this node's trainers."""
 
-    def __init__(self, command: list[str], env: dict[str, str], cwd: Path, log: Path) -> None:
+    def __init__(self, command: list[str], env: dict[str, str], cwd: Path, log: Path, launcher: str) -> None:
+        self._launcher = launcher
         self.stopping = False
         """Whether the trainers are asked to save and leave."""
         self._next_ask, self._kill_at = 0.0, float("inf")
@@ -65,10 +66,16 @@ class Torchrun:
             self._popen.terminate()
 
     def _find_trainers(self) -> None:
-        with contextlib.suppress(OSError):
-            pid = self._popen.pid
-            for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-                self._trainers.setdefault(child, birth(child))
+        for child in _children(self._agent()):
+            self._trainers.setdefault(child, birth(child))
+
+    def _agent(self) -> int:
+        """torchrun itself, which a container's runtime may have started in its turn; other children are not sought:
+        W&B's and the loaders' do not take USR2 for a wish."""
+        pid = self._popen.pid
+        while deeper := [child for child in _children(pid) if self._launcher in _command(child)]:
+            pid = deeper[0]
+        return pid
 
     def _send(self, number: signal.Signals) -> None:
         # Other children, if any, have inherited the ignored USR2; the trainers handle it.
@@ -81,6 +88,21 @@ class Torchrun:
         """A torchrun that was killed leaves its trainers, each in a session of its own, on the GPUs."""
         self._send(signal.SIGKILL)
         self._trainers.clear()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has ended
+        return []
+
+
+def _command(pid: int) -> list[str]:
+    """Its arguments; [] if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def birth(pid: int) -> str:
