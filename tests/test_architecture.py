@@ -37,6 +37,8 @@ TORCH_FREE = [
     "vitdist.faults",
     "vitdist.watchdog",
     "vitdist.changes",
+    "vitdist.shapes",
+    "vitdist.memory",
     "vitdist.manifest",
     "vitdist.console",
     "vitdist.cli",
@@ -104,6 +106,8 @@ def test_the_halves_meet_at_the_run_folder(path: Path) -> None:
             "vitdist.faults",
             "vitdist.changes",
             "vitdist.manifest",
+            "vitdist.memory",
+            "vitdist.shapes",
             "vitdist.data.index",
         )
         assert all(m.startswith(allowed) for m in ours), ours
@@ -153,7 +157,8 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.model": {"vitdist.weights", "vitdist.drop_path"},
         "vitdist.watchdog": {"vitdist.faults"},
         "vitdist.checkpoint": {"vitdist.manifest"},
-        "vitdist.plan": {"vitdist.model", "vitdist.optim"},
+        "vitdist.memory": {"vitdist.shapes"},
+        "vitdist.plan": {f"vitdist.{room}" for room in ("cost", "memory", "model", "optim", "shapes")},
         "vitdist.report": {"vitdist.data", "vitdist.data.index", "vitdist.faults"},  # thumbnails of the worst mistakes
         "vitdist.cli": {
             *(f"vitdist.{room}" for room in ("inference", "manifest", "plan", "report", "results", "selection")),
