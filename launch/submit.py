@@ -273,7 +273,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         what = " simulated ones on one machine" if local else f": so many has allocation {here.job_id}" if here else ""
         faults.append(f"--nodes {asked}: at most {most}{what}")
     devices = clusters.local_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if local else []
-    source = _file(args.config or ("configs/demo.yaml" if local and not devices else "configs/vit_large.yaml"))
+    recipe = args.config or ("configs/demo.yaml" if local and not devices else "configs/vit_large.yaml")
+    source = _file(recipe)
     settings: Config | None = None
     points: tuple[tuple[Point, Config], ...] = ()
     profile, minutes, after = None, LOCAL_MINUTES, tuple[str, ...]()
@@ -299,7 +300,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         faults.append(str(error))
     if faults or settings is None:
         raise SettingsError("\nerror: ".join(dict.fromkeys(faults)))
-    nodes, processes, notes = _place(asked, args.cluster, local, devices, str(args.config or args.resume or source))
+    nodes, processes, notes = _place(asked, args.cluster, local, devices, args.resume or recipe)
     if profile:
         if here:
             profile, notes = _of_allocation(profile, here)

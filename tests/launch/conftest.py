@@ -26,8 +26,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for split in ("train", "val"):
         folder = tmp_path / "shards" / split
         folder.mkdir(parents=True)
-        (folder / "000.tar").touch()
-        (folder / "index.json").write_text(json.dumps({"samples": 100, "classes": ["cat", "dog"]}))
+        (folder / "000.tar").write_bytes(bytes(10_240))
+        shards = [{"name": "000.tar", "bytes": 10_240}]
+        (folder / "index.json").write_text(json.dumps({"samples": 100, "classes": ["cat", "dog"], "shards": shards}))
     (tmp_path / "bin").mkdir()
     monkeypatch.chdir(tmp_path)
     # git, which snapshots ask, but no sbatch
