@@ -44,7 +44,7 @@ def agent() -> int:
         rank = args.node_rank * args.nproc_per_node + local
         ranks = {"RANK": rank, "WORLD_SIZE": args.nnodes * args.nproc_per_node, "GROUP_RANK": args.node_rank}
         env = os.environ | {name: str(value) for name, value in ranks.items()}
-        command = [sys.executable, "-m", "standin", "worker", args.run, str(args.attempt)]
+        command = [sys.executable, __file__, "worker", args.run, str(args.attempt)]
         workers[rank] = subprocess.Popen(command, env=env, start_new_session=True)
     while True:
         codes = {rank: worker.poll() for rank, worker in workers.items()}
