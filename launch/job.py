@@ -123,7 +123,7 @@ class NodeJob:
         if node.profile:
             places = cluster.places(node.run, config.load(node.run.config), node.profile)
             command = cluster.wrap(command, node.profile, places, node.hosts[node.index])
-        return Torchrun(command, env, node.run.code, node.attempt.torchrun_log(node.index), self.launcher)
+        return Torchrun(command, env, node.run.code, node.attempt.torchrun_log(node.index))
 
     def _finish(self, node: Node, process: Torchrun) -> str:
         """Wait for torchrun, pass on the wish to stop, end it if another node has failed; returns how it ended."""

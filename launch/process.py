@@ -1,6 +1,6 @@
 """The process that starts a node's trainers: torchrun, which ignores SLURM's warning, and does not outlive this one.
 
-process = Torchrun(argv, env, cwd, log, launcher)
+process = Torchrun(argv, env, cwd, log)
 while process.poll() is None: process.look_after()
 """
 
@@ -21,8 +21,7 @@ KILL_S = 2.0
 class Torchrun:
     """The process that starts this node's trainers."""
 
-    def __init__(self, command: list[str], env: dict[str, str], cwd: Path, log: Path, launcher: str) -> None:
-        self._launcher = launcher
+    def __init__(self, command: list[str], env: dict[str, str], cwd: Path, log: Path) -> None:
         self.stopping = False
         """Whether the trainers are asked to save and leave."""
         self._next_ask, self._kill_at = 0.0, float("inf")
@@ -73,7 +72,7 @@ class Torchrun:
         """torchrun itself, which a container's runtime may have started in its turn; other children are not sought:
         W&B's and the loaders' do not take USR2 for a wish."""
         pid = self._popen.pid
-        while deeper := [child for child in _children(pid) if self._launcher in _command(child)]:
+        while deeper := [child for child in _children(pid) if "--nproc-per-node" in _command(child)]:
             pid = deeper[0]
         return pid
 
