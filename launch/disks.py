@@ -108,7 +108,7 @@ def _say(command: list[str], patience_s: float) -> str:
 
 
 # place, then twice: used, soft limit, hard limit, grace. In KB and files. Used up: 123*; not sure (Lustre): [123].
-_NUMBER = r"\[?(\d+)\*?\]?"
+_NUMBER = r"\[?(\d+)[*\]]*"
 _GRACE = r"(?:-|\d+|none|[\dwdhms:]+(?:days?)?)"
 _QUOTA = re.compile(rf"(\S+)\s+{_NUMBER}\s+(\d+)\s+(\d+)\s+{_GRACE}\s+{_NUMBER}\s+(\d+)\s+(\d+)\s+{_GRACE}(?=\s|$)")
 

@@ -117,7 +117,17 @@ def fetch(model: str, folder: Path, say: Callable[[str], None], endpoint: str | 
     return Path(place)
 
 
+_PLAINLY = {
+    "RepositoryNotFoundError": "there is no such model, or you may not see it: `hf auth login`",
+    "GatedRepoError": "it is given out only to who accepts its terms on its page, and `hf auth login`",
+    "HFValidationError": "that is no name of a model: ORG/NAME",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+}
+
+
 def _brief(error: Exception) -> str:
     """In one line, without the help that follows in the next ones."""
+    if said := _PLAINLY.get(type(error).__name__):
+        return said
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
