@@ -1,6 +1,6 @@
 """Weights of Hugging Face, which the login node brings into the shared cache, so that compute nodes ask nobody.
 
-    folder = cache_folder(cluster, os.environ)               # where the job will look
+    folder = cache_folder(cluster, environment)              # where the job will look
     found = cached("google/vit-base-patch16-224", folder)    # the folder of a whole snapshot, or None
     fetch("google/vit-base-patch16-224", folder, print)      # with a progress bar; raises Unreachable
 

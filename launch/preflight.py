@@ -1,6 +1,6 @@
 """What can be known wrong before anything is queued: one small function a check, every fault told at once.
 
-    case = Case(settings, run, nodes, processes, cluster, slurm, env=os.environ)
+    case = Case(settings, run, nodes, processes, cluster, slurm, env=environment)
     for finding in preflight.check(case): print(finding)          # "error: data.val: ... [shards]"
     preflight.fetch(case, print)                                  # weights into the cache that the nodes share
 

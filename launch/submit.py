@@ -136,9 +136,13 @@ def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:
     plan = make_plan(args)
     home = _home(args, plan)
     starts = _starts(home, plan)
+    skip = preflight.skipped(args.skip)
+    if not (args.dry_run or args.test_only):
+        starts, code = _not_already(home, starts, args.follow)
+        if not starts:
+            return code
     for note in plan.notes:
         _say(note)
-    skip = preflight.skipped(args.skip)
     cases = _cases(args, plan, home, starts)
     refused = _refused([preflight.check(case, skip) for case in cases], starts)
     if args.dry_run:
@@ -147,12 +151,7 @@ def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:
         return 0
     if args.test_only:
         return _test_only(plan, home, starts, refused)
-    starts, code = _not_already(home, starts, args.follow)
-    if not starts:
-        return code
-    if refused:
-        return rundir.EXIT_REFUSED
-    if _refused([preflight.fetch(case, _say, skip) for case in cases], starts):
+    if refused or _refused([preflight.fetch(case, _say, skip) for case in cases], starts):
         return rundir.EXIT_REFUSED
     new_code = _goes_on(starts, home)
     if not _sure(args, plan, starts, new_code):
@@ -307,7 +306,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
             minutes = here.minutes or LOCAL_MINUTES
         profile, assumed = clusters.resolve(profile, there)
         points = tuple((point, clusters.staged(its, profile)) for point, its in points)
-        settings, profile = clusters.staged(settings, profile), clusters.offline(settings, profile)
+        settings = clusters.staged(settings, profile)
+        if "weights" not in preflight.skipped(args.skip):  # else the nodes fetch them
+            profile = clusters.offline(settings, profile)
         assert profile.gpus_per_node != "auto"
         nodes, processes = asked, max(1, profile.gpus_per_node)
         notes = [*notes, *(f"warning: {note}" for note in assumed), *_ignored()]
@@ -476,7 +477,7 @@ def _awaited(args: argparse.Namespace, at_once: bool) -> tuple[str, ...]:
         elif state in ("waits", "UNKNOWN") and job_id:
             found.append(job_id)
         else:
-            faults.append(f"--after {text}: {told}; it will not be done unless you --resume it first")
+            faults.append(f"--after {text}: {told}")
     if faults:
         raise SettingsError("\nerror: ".join(faults))
     return tuple(found)
@@ -514,8 +515,8 @@ def _of_run(text: str, runs: Path) -> tuple[str, str, str]:
     ended = [one for one in found if one.state not in ("done", "UNKNOWN", *status.LIVE)]
     if ended or not job_id:
         one = (ended or found)[0]
-        what = f"{one.name} is {one.state}" + (f": {one.note}" if one.note else "")
-        return job_id, "ended", what if ended else f"{one.name} has no job of SLURM"
+        what = f"is {one.state}" if ended else "has no job of SLURM"
+        return job_id, "ended", f"{one.name} {what}: first --resume {shlex.quote(text)}"
     return job_id, "UNKNOWN" if "UNKNOWN" in states else "waits", ""
 
 
@@ -605,7 +606,10 @@ def _refused(findings: Sequence[Sequence[Finding]], starts: Sequence[Start]) -> 
     found: dict[str, list[str]] = {}
     for start, its in zip(starts, findings, strict=True):
         for finding in its:
-            found.setdefault(str(finding), []).append(start.run.name)
+            text = str(finding)
+            if len(starts) > 1:  # told once, though each point has a folder of its own
+                text = text.replace(str(start.run.path), str(start.run.path.parent / "*"))
+            found.setdefault(text, []).append(start.run.name)
     for text, names in found.items():
         _say(text if len(names) == len(starts) else f"{text} ({', '.join(names[:3])}{', ...' if names[3:] else ''})")
     return any(finding.level == "refuse" for its in findings for finding in its)
@@ -763,7 +767,8 @@ def _local_script(plan: Plan, start: Start) -> str:
 
 
 def _list_points(plan: Plan, starts: Sequence[Start]) -> None:
-    for (point, _), start in zip(plan.points, starts, strict=False):
+    for start in starts if plan.points else ():
+        point, _ = plan.points[start.number]
         _say(sweep.label(point) + (f" (attempt {start.attempt})" if start.exists else ""))
 
 
@@ -774,7 +779,7 @@ def _test_only(plan: Plan, home: RunDir, starts: Sequence[Start], refused: bool)
     with _clean_environment(None):
         fine, said = slurm.test_only(script(plan, home, starts), PATIENCE_S)
     _list_points(plan, starts)
-    print(f"{plan.nodes} nodes with {plan.processes} ranks each: {_hours(plan, len(starts))}")
+    print(f"{_size(plan)}: {_hours(plan, len(starts))}")
     print(f"starts      {_when(fine, said)}")
     return rundir.EXIT_REFUSED if refused or fine is False else 0 if fine else 1
 
@@ -793,11 +798,21 @@ def _when(fine: bool | None, said: str) -> str:
     return f"about {at.replace('T', ' ')[:16]}, in {hours}:{minutes:02} h, as it looks now{where}"
 
 
+def _size(plan: Plan) -> str:
+    ranks = f"{plan.processes} rank{'s' if plan.processes > 1 else ''}"
+    return f"{plan.nodes} nodes with {ranks} each" if plan.nodes > 1 else f"1 node with {ranks}"
+
+
 def _hours(plan: Plan, runs: int) -> str:
     """What is asked for, for one start."""
-    what, number = (f"{plan.gpus // plan.nodes} GPUs", plan.gpus) if plan.gpus else ("no GPU", plan.nodes)
+    what, number = (
+        (f"{plan.gpus // plan.nodes} GPU{'s' if plan.gpus > plan.nodes else ''}", plan.gpus)
+        if plan.gpus
+        else ("no GPU", plan.nodes)
+    )
     hours = number * plan.minutes / 60 * runs
     times = f"{runs} points x " if runs > 1 else ""
+    nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''}"
     total = f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
     unit = "GPU-hours" if plan.gpus else "node-hours"
     return (
@@ -915,7 +930,7 @@ def _tell(plan: Plan, home: RunDir, starts: Sequence[Start], job_id: str, when: 
     """What was submitted, and what to do with it."""
     assert plan.cluster
     where = f", partition {plan.cluster.partition}" if plan.cluster.partition else ""
-    size = f"{plan.nodes} nodes with {plan.processes} ranks each"
+    size = _size(plan)
     if plan.points:
         at_once = f", {plan.at_once} at once" if plan.at_once and plan.at_once < len(starts) else ""
         size = f"{len(starts)} points{at_once}, each {size}"
