@@ -12,6 +12,7 @@ import getpass
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -27,6 +28,10 @@ PATIENCE_S = 10.0
 """For an answer of SLURM."""
 LISTEN_S = 60.0
 """For the jobs of all nodes to take over the signal: Python starts slowly from a busy file system."""
+SCANCEL_S = 30.0
+"""For scancel, which itself tries again where the controller is busy."""
+_ALREADY_DONE = 2021 % 256
+"""scancel's exit code for a job that has ended meanwhile (ESLURM_ALREADY_DONE)."""
 ENDS_S = 30.0
 """For processes of this machine that were told to end."""
 POLL_S = 0.2
@@ -112,13 +117,33 @@ def _wish(run: RunDir, checkpoint: bool) -> None:
 
 def _scancel(job_id: str, *options: str) -> None:
     """Raises SettingsError with SLURM's words."""
-    command = ["scancel", *options, job_id]
+    command = ["scancel", "-v", *options, job_id]
+    shown = " ".join(word for word in command if word != "-v")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SettingsError(f"{' '.join(command)}: {getattr(error, 'strerror', None) or 'no answer in 30 s'}") from None
-    if done.returncode:
-        raise SettingsError(f"{' '.join(command)}: {faults.one_line(done.stderr) or f'exit code {done.returncode}'}")
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+    except OSError as error:
+        raise SettingsError(f"{shown}: {error.strerror}") from None
+    silence = threading.Timer(SCANCEL_S, process.kill)
+    silence.start()
+    told = []
+    with process:
+        assert process.stderr
+        for line in process.stderr:
+            if "transitional state" in line:
+                # It has sent the signal and would send it again every 5 s, for a minute: SLURM 22.05 answers so for a
+                # point of an array while others still wait.
+                process.kill()
+                silence.cancel()
+                return
+            told.append(line)
+    silence.cancel()
+    errors = [line.removeprefix("scancel: error: ") for line in told if line.startswith("scancel: error: ")]
+    if process.returncode < 0:
+        raise SettingsError(f"{shown}: no answer in {SCANCEL_S:.0f} s")
+    if process.returncode and process.returncode != _ALREADY_DONE:
+        raise SettingsError(f"{shown}: {faults.one_line(' '.join(errors)) or f'exit code {process.returncode}'}")
 
 
 def _listening(run: RunDir, patience_s: float) -> bool:
