@@ -22,7 +22,7 @@ from typing import NamedTuple
 import yaml
 
 from launch import slurm
-from launch.cluster import Cluster
+from launch.cluster import Cluster, gpu_memory_gb
 from vitdist import config, rundir
 from vitdist.config import SettingsError
 
@@ -250,11 +250,11 @@ def choose(site: Site) -> list[Choice]:
         )
     partition = max(usable, key=_worth)
     account, qos, limit, why_limit = _account(partition, site)
-    gpu_kinds = Counter[tuple[int, tuple[str, ...]]]()
+    alike_nodes = Counter[tuple[int, tuple[str, ...]]]()
     for kind in partition.kinds:
-        gpu_kinds[kind.gpus, kind.types] += kind.number if kind.gpus else 0
-    (gpus, types), nodes = max(gpu_kinds.items(), key=lambda item: (item[1], item[0][0]))
-    alike = [kind for kind in partition.kinds if (kind.gpus, kind.types) == (gpus, types)] or list(partition.kinds)
+        alike_nodes[kind.gpus, kind.types] += kind.number
+    (gpus, types), nodes = max(alike_nodes.items(), key=lambda item: (item[0][0] * item[1], item[1]))
+    alike = [kind for kind in partition.kinds if (kind.gpus, kind.types) == (gpus, types)]
     all_types = sorted({name for kind in partition.kinds for name in kind.types})
     cpus = max(1, min(kind.cpus for kind in alike))
     return [
@@ -338,11 +338,17 @@ def _gpu_choices(
     yield Choice("gpus_per_node", gpus, f"of {nodes} nodes (sinfo %G){several}")
     if len(all_types) > 1 and len(types) == 1:
         others = ", ".join(name for name in all_types if name != types[0])
-        yield Choice("gpu_type", types[0], f"most nodes have it; also here: {others}, and ranks must be alike")
+        yield Choice("gpu_type", types[0], f"most GPUs are of it; also here: {others}, and ranks must be alike")
     else:
         only = f"all are {', '.join(types)}" if types else "SLURM names no type"
         yield Choice("gpu_type", None, only, ",".join(types) or "a100")
-    yield Choice("gpu_memory_gb", None, "by the type's name where that tells it", "80")
+    known = gpu_memory_gb(Cluster(), types)
+    if known and known[0] < known[1]:
+        what = f"they were sold with {known[0]:g} and {known[1]:g}: `nvidia-smi` on a node tells"
+        yield Choice("gpu_memory_gb", None, what, f"{known[0]:g}")
+    else:
+        what = "as the type's name tells" if known else "`nvidia-smi` on a node tells"
+        yield Choice("gpu_memory_gb", None, what, f"{known[0]:g}" if known else "80")
     select = site.config.get("SelectType", "")
     if select in ("select/cons_res", "select/linear"):
         yield Choice("gpu_request", "gres", f"{select} does not know --gpus-per-node (SelectType)")
