@@ -1,7 +1,7 @@
 """Inside `salloc`: a run on the nodes that are there already, by srun instead of sbatch.
 
-    job_id = find(os.environ)                   # "4711" in a shell of salloc; None elsewhere, in a batch script too
-    here = read(scontrol's line)                # Allocation(nodes=2, gpus=8, ...)
+    job_id = find(env)                          # "4711" in a shell of salloc; None elsewhere, in a batch script too
+    here = read(scontrol's line, False)         # Allocation(nodes=2, gpus=8, ...)
     text = script(sbatch's script)              # what bash runs: the same lines
 
 Pure. The node jobs are those of a batch job; only that SLURM does not start them again.
@@ -29,6 +29,8 @@ class Allocation:
     """On each node."""
     minutes: int | None
     """Limit of the allocation; None: there is none."""
+    overlap: bool = False
+    """Whether this shell is a step that holds the cores which the run's step needs."""
 
 
 def find(env: Mapping[str, str]) -> str | None:
@@ -44,8 +46,8 @@ def shares_step(env: Mapping[str, str]) -> bool:
     return env.get("SLURM_STEP_ID", _INTERACTIVE_STEP) != _INTERACTIVE_STEP
 
 
-def read(text: str) -> Allocation | None:
-    """From the line of `scontrol show job ID -o`; None if it is not running."""
+def read(text: str, overlap: bool) -> Allocation | None:
+    """From the line of `scontrol show job ID -o`; None if it is not running. `overlap`: see `shares_step`."""
     fields = dict(re.findall(r"(\S+?)=(\S*)", text))
     if fields.get("JobState") != "RUNNING":
         return None
@@ -56,6 +58,7 @@ def read(text: str) -> Allocation | None:
         cpus=max(1, int(fields["NumCPUs"].split("-")[0]) // nodes),
         gpus=_gpus(text, fields, nodes),
         minutes=_minutes(fields.get("TimeLimit", "")),
+        overlap=overlap,
     )
 
 
@@ -76,10 +79,10 @@ def _minutes(limit: str) -> int | None:
     return max(1, (days * 24 + hours) * 60 + minutes - (seconds > 59))
 
 
-def srun_args(nodes: int, overlap: bool) -> list[str]:
+def srun_args(nodes: int, here: Allocation) -> list[str]:
     """More flags for srun: sbatch's lines do not reach it here."""
     flags = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--open-mode=append"]
-    return [*flags, "--overlap"] if overlap else flags
+    return [*flags, "--overlap"] if here.overlap else flags
 
 
 def task(command: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import planning
 from launch import submit as launch_submit
 from tests.launch.conftest import ROOT, SUBMIT, submit
 from vitdist import config, rundir
@@ -145,8 +146,8 @@ def test_it_runs_from_any_folder(place: Path) -> None:
 # ---- which place, which recipe ---------------------------------------------------------------------
 
 
-def plan(*arguments: str) -> launch_submit.Plan:
-    return launch_submit.make_plan(launch_submit._parser().parse_intermixed_args(list(arguments)))
+def plan(*arguments: str) -> planning.Plan:
+    return planning.make_plan(launch_submit._parser().parse_intermixed_args(list(arguments)), os.environ)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +311,10 @@ def test_a_local_checkpoint_is_looked_at(place: Path, capsys: pytest.CaptureFixt
             ["model.pretrained=vit.pth"],
             r"give: model.heads .*; model.layer_norm_eps .*; data.mean .*; data.std",
         ),
-        (["model.pretrained=vit.pth", *told[:1], *pixels], r"so give: model.layer_norm_eps \(1e-6 in .*\) \[weights\]\n"),
+        (
+            ["model.pretrained=vit.pth", *told[:1], *pixels],
+            r"so give: model.layer_norm_eps \(1e-6 in .*\) \[weights\]\n",
+        ),
         (["model.pretrained=vit.pth", *told, *pixels], ""),
     ):
         common = ("--config", "tuned.yaml", "--name", "x", "--dry-run", "--cluster", "local")

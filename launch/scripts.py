@@ -1,0 +1,92 @@
+"""Pure: a plan -> the text that runs: by sbatch, by bash in an allocation, or as a torchrun for each simulated node.
+
+text = script(plan, home, starts)       # `--dry-run` prints it
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import allocation as allocations
+from launch import cluster as clusters
+from launch import sweep, torchrun
+from launch.planning import Plan, Start
+from vitdist.rundir import RunDir
+
+
+def script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
+    """Exactly what will run: by sbatch, by bash in an allocation, or as a torchrun for each simulated node."""
+    if not plan.cluster:
+        return "#!/bin/bash\n" + "".join(_local_script(plan, start) for start in starts)
+    if plan.allocation:
+        return "\n".join(_allocation_script(plan, start) for start in starts)
+    return _sbatch_script(plan, home, starts)
+
+
+def _sbatch_script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    parameters = _parameters(plan, home)
+    more = parameters["additional_parameters"]
+    if plan.after:
+        # afterok: who waits for a run wants what it leaves; a requeue is no end. SLURM takes away what can never
+        # start, instead of leaving it in the queue for ever.
+        parameters["dependency"] = "afterok:" + ":".join(plan.after)
+        more["kill-on-invalid-dep"] = "yes"
+    if not plan.points:
+        return _make_sbatch_string(command=_task(home.submitit), folder=home.submitit, **parameters)
+    # Each point has its pickles and logs in its own folder, whose name ends with the number: %2a in SLURM's words.
+    digits = len(plan.points[0][0].name) - len(home.name) - 1
+    numbers = [start.number for start in starts]
+    parameters["array_parallelism"] = min(plan.at_once or len(starts), len(starts))
+    if len(numbers) < len(plan.points):
+        more["array"] = f"{sweep.ranges(numbers)}%{parameters['array_parallelism']}"
+    own = f'{shlex.quote(str(home.path))}-"$(printf %0{digits}d "$SLURM_ARRAY_TASK_ID")"/submitit'
+    logs = Path(f"{home.path}-%{digits}a") / "submitit"
+    return _make_sbatch_string(command=_task(own), folder=logs, map_count=len(plan.points), **parameters)
+
+
+def _parameters(plan: Plan, home: RunDir) -> dict[str, Any]:
+    assert plan.cluster
+    parameters = clusters.submitit_parameters(plan.cluster, plan.nodes, home.name, home)
+    return parameters | {"setup": [*parameters["setup"], *group_lines(plan, home)]}
+
+
+def group_lines(plan: Plan, home: RunDir) -> list[str]:
+    """A shell line that puts the points of a sweep into one group of W&B."""
+    name = home.name if plan.points else plan.group
+    return [f"export WANDB_RUN_GROUP={shlex.quote(name)}"] if name else []
+
+
+def _task(submitit: Path | str) -> str:
+    """What srun starts on each node; a text is quoted already."""
+    where = submitit if isinstance(submitit, str) else shlex.quote(str(submitit))
+    return f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {where}"
+
+
+def _allocation_script(plan: Plan, start: Start) -> str:
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    assert plan.allocation
+    parameters = _parameters(plan, start.run)
+    size = allocations.srun_args(plan.nodes, plan.allocation)
+    parameters["srun_args"] = [*parameters["srun_args"], *size]
+    command = allocations.task(_task(start.run.submitit))
+    return allocations.script(_make_sbatch_string(command=command, folder=start.run.submitit, **parameters))
+
+
+def _local_script(plan: Plan, start: Start) -> str:
+    from launch.job import local_port
+
+    run = start.run
+    lines = [f"# {plan.nodes} simulated nodes of {run.path}", *clusters.setup_lines(run, [])]
+    for node in range(plan.nodes):
+        devices = ",".join(plan.devices[node * plan.processes :][: plan.processes])
+        port = local_port(run, start.attempt)
+        command = torchrun.argv(
+            sys.executable, plan.nodes, node, plan.processes, torchrun.LOCAL, port, str(run.path), start.attempt
+        )
+        lines.append(f"CUDA_VISIBLE_DEVICES={devices} {shlex.join(command)} &")
+    return "\n".join([*lines, "wait", ""])
