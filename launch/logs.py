@@ -95,10 +95,8 @@ def tail(run: RunDir, choice: Choice, job: follow.Job, out: BinaryIO) -> int:
     """Print the logs as they grow, over to the next attempts, until the run ends; returns its exit code."""
     readers: dict[Path, _Reader] = {}
     number: int | None = None
-    news = follow.News(-1)
-    for line in news.of(run, job):  # what was before is in the list of attempts
-        if line.startswith("pending"):
-            _say(line)
+    first = _chosen(run, choice)
+    news = follow.News(first.number if first else 0)
     while True:
         over = _over(run, choice, job)  # before reading: what was written until then is read below
         attempt = _chosen(run, choice)
