@@ -2,7 +2,7 @@
 
     cluster, notes = resolve(load("slurm/default.yaml"), slurm.partitions(10))
     submitit_parameters(cluster, nodes=4, name="vit", run=RunDir(...))      # the sbatch script, in submitit's words
-    wrap(torchrun_command, cluster, places(run), host)                      # what a node really starts
+    wrap(torchrun_command, cluster, places(run, settings, cluster), host)   # what a node really starts
 
 All but `load` are pure, given what SLURM answers. Every field with what it is for: docs/your-cluster.md.
 """
@@ -71,6 +71,9 @@ NodePath = Annotated[
         "an absolute path, in which $NAME may stand for a variable of the node, without quotes and backslashes",
     ),
 ]
+
+# Not a NodePath: it becomes a setting of the run, which no shell of a node reads.
+NodeDisk = Annotated[str, _like(r"/[^\x00-\x1f\x7f$]{0,400}", "an absolute path without variables")]
 
 # Where nobody can be asked: the usual node of a training cluster (DGX, HGX) and 8 loader processes for each GPU,
 # the most that data.workers: auto takes.
@@ -185,7 +188,7 @@ class Cluster(Section):
 
     # ---- folders
 
-    node_disk: NodePath | None = None
+    node_disk: NodeDisk | None = None
     """Folder on a disk of each node, such as `/local/scratch`, which keeps what was read of the shards: fills
     data.cache where the settings leave it open."""
     node_disk_gb: Annotated[float, Field(gt=0)] | None = None
@@ -513,8 +516,7 @@ def places(run: RunDir, settings: Config, cluster: Cluster) -> list[str]:
     """
     data, model = settings.data, settings.model
     wanted = [str(run.path), *data.train_sets, data.val, data.cache, model.pretrained, model.warm_start]
-    if cluster:
-        wanted += [cluster.hf_home, cluster.compile_cache]
+    wanted += [cluster.hf_home, cluster.compile_cache]
     found = sorted({os.path.normpath(place) for place in wanted if place and place.startswith("/")})
     return [place for place in found if not any(place.startswith(f"{other.rstrip('/')}/") for other in found)]
 

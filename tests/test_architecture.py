@@ -31,6 +31,8 @@ TORCH_FREE = [
     "launch.submit",
     "launch.jobs",
     "launch.job",
+    "launch.preflight",
+    "launch.probe",
     "vitdist.config",
     "vitdist.rundir",
     "vitdist.stop",
@@ -39,6 +41,8 @@ TORCH_FREE = [
     "vitdist.changes",
     "vitdist.shapes",
     "vitdist.memory",
+    "vitdist.cost",
+    "vitdist.plan",
     "vitdist.manifest",
     "vitdist.console",
     "vitdist.cli",
@@ -105,6 +109,7 @@ def test_the_halves_meet_at_the_run_folder(path: Path) -> None:
             "vitdist.console",
             "vitdist.faults",
             "vitdist.changes",
+            "vitdist.cost",
             "vitdist.manifest",
             "vitdist.memory",
             "vitdist.shapes",
@@ -158,6 +163,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.watchdog": {"vitdist.faults"},
         "vitdist.checkpoint": {"vitdist.manifest"},
         "vitdist.memory": {"vitdist.shapes"},
+        "vitdist.cost": {"vitdist.memory", "vitdist.shapes"},
         "vitdist.plan": {f"vitdist.{room}" for room in ("cost", "memory", "model", "optim", "shapes")},
         "vitdist.report": {"vitdist.data", "vitdist.data.index", "vitdist.faults"},  # thumbnails of the worst mistakes
         "vitdist.cli": {
