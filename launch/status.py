@@ -297,7 +297,7 @@ def _of_slurm(folder: Folder, known: slurm.Job | None, silent: bool) -> str:
     recorded = folder.job.get("state") if begun else None
     trained = folder.train.get("state") if begun else None
     if recorded in FINAL or trained == "done":
-        return str(recorded if recorded in FINAL else "done")
+        return _final(folder, recorded)
     if silent:
         return "UNKNOWN"
     if known and known.state in WAITING:
@@ -315,6 +315,12 @@ def _of_slurm(folder: Folder, known: slurm.Job | None, silent: bool) -> str:
     return "cancelled" if known.state == "CANCELLED" else "failed"
 
 
+def _final(folder: Folder, recorded: str | None) -> str:
+    if recorded == "failed" and folder.stop.get("checkpoint") is False:
+        return "cancelled"  # its trainers had no time to end in order
+    return str(recorded if recorded in FINAL else "done")
+
+
 def _at_next_start(folder: Folder, known: slurm.Job) -> bool:
     if known.start is None:
         return False
@@ -327,7 +333,7 @@ def _of_here(folder: Folder) -> str:
     if folder.attempt is None:
         return "new"
     if recorded in FINAL or trained == "done":
-        return str(recorded if recorded in FINAL else "done")
+        return _final(folder, recorded)
     if folder.here:
         return "stopping" if folder.stop or trained == "stopped" else "running" if trained else "starting"
     if trained in FINAL:

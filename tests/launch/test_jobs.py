@@ -869,6 +869,8 @@ def test_cancel_asks_back_on_a_terminal_and_names_what_is_kept(
     assert wish["checkpoint"] is False
     squeue(command)
     assert states(capsys)["x"]["state"] == "cancelled"
+    began(run, state="failed", cause="no trainer left a word")  # ended by SLURM's signals in whatever order
+    assert states(capsys)["x"]["state"] == "cancelled"
 
 
 def test_a_sweep_is_listed_stopped_and_cancelled_as_one(
