@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.slurm.conftest import read, slurm, submit, submit_stand_in, told, until
+from tests.slurm.conftest import submit, told, until
 from vitdist import rundir
 from vitdist.rundir import RunDir
 
@@ -64,72 +64,6 @@ def test_S1_S2_a_warned_run_is_requeued_and_ends_the_same(
     assert job.returncode == 0, f"{out}{error}{told(straight)}"
     expected, found = weights(straight), weights(warned)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_L7_a_cancelled_run_saves_and_is_not_requeued(
-    environment: dict[str, str], tmp_path: Path, recipe: Path
-) -> None:
-    run = RunDir(tmp_path / "runs" / "cancelled")
-    job = submit_stand_in(environment, tmp_path, recipe, "cancelled", until_asked=True)
-    until(lambda: read(run.attempt(0).train).get("step", 0) > 3 or job.poll() is not None, "no step was done", 60)
-    job_id = read(run.attempt(0).job)["job_id"]
-    slurm(environment, "scancel", job_id)
-    out, error = job.communicate(timeout=60)
-    assert job.returncode != 0, f"{out}{error}"
-    until(lambda: not slurm(environment, "squeue", "-h", "-j", job_id, "-t", "PD,R,CG"), "the job is gone", 60)
-    stopped = read(run.attempt(0).train)
-    assert (stopped["state"], stopped["reason"]) == ("stopped", "SIGTERM")
-    assert (run.checkpoints / "step").read_text() == str(stopped["step"])
-    assert [attempt.number for attempt in run.attempts()] == [0]
-    assert "the same command with --name cancelled goes on" in out + error, f"{out}{error}"
-
-
-@pytest.mark.full  # 1 in 5 runs on a busy machine: the step's end meets the requeue, and SLURM calls the job failed
-def test_S3_signals_upon_signals_save_once_and_requeue_once(
-    environment: dict[str, str], tmp_path: Path, recipe: Path
-) -> None:
-    """USR2 three times, while the trainers save: one requeue, which goes on from what was saved.
-
-    No TERM in the same moment: it ends srun, and where that is earlier than the requeue SLURM calls the job failed.
-    """
-    run = RunDir(tmp_path / "runs" / "twice")
-    job = submit_stand_in(environment, tmp_path, recipe, "twice", until_asked=True)
-    until(lambda: read(run.attempt(0).train).get("step", 0) > 3 or job.poll() is not None, "no step was done", 60)
-    job_id = read(run.attempt(0).job)["job_id"]
-    for name in ("USR2", "USR2", "USR2"):
-        slurm(environment, "scancel", "--signal", name, job_id)
-    pending = ("squeue", "-h", "-j", job_id, "-t", "PD")
-    until(lambda: slurm(environment, *pending) or job.poll() is not None, "it was not requeued", 60)
-    slurm(environment, "scontrol", "update", f"JobId={job_id}", "StartTime=now")  # SLURM would wait for a while
-    until(lambda: read(run.attempt(1).train).get("step", 0) > 0 or job.poll() is not None, "it does not go on", 60)
-    assert job.poll() is None, job.communicate()[0]
-    saved = read(run.attempt(0).train)["step"]
-    assert read(run.attempt(1).train)["resumed_from"] == saved
-    assert read(run.attempt(0).job)["state"] == "requeued"
-    slurm(environment, "scancel", job_id)
-    job.communicate(timeout=60)
-    assert [attempt.number for attempt in run.attempts()] == [0, 1]
-
-
-@pytest.mark.full  # 1 in 5 runs on a busy machine: the step's end meets the requeue, and SLURM calls the job failed
-def test_S4_a_preempted_run_makes_room_and_goes_on(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
-    run = RunDir(tmp_path / "runs" / "preempted")
-    job = submit_stand_in(environment, tmp_path, recipe, "preempted", until_asked=True)
-    until(lambda: read(run.attempt(0).train).get("step", 0) > 3 or job.poll() is not None, "no step was done", 60)
-    job_id = read(run.attempt(0).job)["job_id"]
-    done = tmp_path / "urgent"
-    urgent = ("--partition=high", "--exclusive", "--nodes=4", "--output=/dev/null", f"--wrap=touch {done}")
-    slurm(environment, "sbatch", *urgent)
-    until(lambda: done.exists() or job.poll() is not None, "the run does not make room", 60)
-    stopped = read(run.attempt(0).train)
-    assert (stopped["state"], stopped["reason"]) == ("stopped", "SIGUSR2")
-    until(lambda: slurm(environment, "squeue", "-h", "-j", job_id, "-t", "PD"), "it was not requeued", 60)
-    slurm(environment, "scontrol", "update", f"JobId={job_id}", "StartTime=now")
-    until(lambda: read(run.attempt(1).train).get("step", 0) > 0 or job.poll() is not None, "it does not go on", 60)
-    assert read(run.attempt(1).train)["resumed_from"] == stopped["step"]
-    slurm(environment, "scancel", job_id)
-    job.communicate(timeout=60)
-    assert [attempt.number for attempt in run.attempts()] == [0, 1]
 
 
 def test_L2_an_unknown_partition_is_refused_before_anything_is_made(
