@@ -7,6 +7,7 @@
 `judge` is pure. SLURM's silence is UNKNOWN: only an answer in which the job is missing makes it gone.
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -112,19 +113,16 @@ def look(run: RunDir) -> Folder:
             attempt=attempt,
             job=job,
             train=train,
-            row=_newest_row(run.metrics, attempt.number) if attempt else {},
             stop=_stop(run, job),
             saved=max(manifest.steps(run), default=None),
         )
-        here = job_id is None and _unfinished(folder) and is_here(run, job)
-        return folder if not here else _at_home(folder)
+        if not attempt or not _unfinished(folder):
+            return folder
+        here = job_id is None and is_here(run, job)
+        return dataclasses.replace(folder, row=_newest_row(run.metrics, attempt.number), here=here)
     except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else f"a record is damaged: {error}"
         return Folder(run, submitted, broken=faults.one_line(str(reason), 200))
-
-
-def _at_home(folder: Folder) -> Folder:
-    return Folder(**{**folder.__dict__, "here": True})
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -416,7 +414,7 @@ def _spans(numbers: Sequence[str]) -> str:
     """`["1", "2", "3", "7"]` -> `[1-3,7]`; leading zeros are kept."""
     if len(numbers) == 1:
         return numbers[0]
-    padded = any(number.startswith("0") for number in numbers)
+    padded = any(len(number) > 1 and number.startswith("0") for number in numbers)
     spans: list[list[tuple[int, int]]] = []  # runs of (width, number)
     for each in sorted({(len(number) if padded else 0, int(number or 0)) for number in numbers}):
         if spans and each == (spans[-1][-1][0], spans[-1][-1][1] + 1):

@@ -69,6 +69,11 @@ class Explanation:
     """Why it is, or is not, started again; "" where that was not recorded."""
 
 
+# Words of the roll call before training, which no rank notes.
+_OF_NODES = {
+    "node_check_failed": "tell the keepers of the node that is named; the next start leaves it out",
+    "never_came": "the node that is named did not start its task: `scontrol show node` tells more",
+}
 _ERROR_LINE = re.compile(r"^(rank \d+: )?(error: |[A-Za-z_][\w.]*(Error|Exception|Exit|Failed|Interrupt)\b)")
 _WARNINGS = 3
 
@@ -119,7 +124,7 @@ def explain(attempt: Attempt) -> Explanation:
         text, cascade = cause(attempt)
     if launched.get("cause") and (not first or cascade):  # the node job may know more than the ranks: a lost node
         text, cascade = str(launched["cause"]), False
-    word = first.fault.word if first and first.fault and not (cascade and launched.get("cause")) else ""
+    word = first.fault.word if first and first.fault else str((launched.get("start") or {}).get("word") or "")
     text, remedy = split(text)
     rest = told[1:]
     events = [event for event in record.get("events", []) if isinstance(event, dict)]
@@ -182,8 +187,9 @@ def _decision(launched: dict[str, Any]) -> str:
 
 
 def _remedy(text: str, word: str) -> str:
-    if word in faults.WORDS:
-        return faults.WORDS[word]
+    known = faults.WORDS | _OF_NODES
+    if word in known:
+        return known[word]
     return faults.WORDS["killed"] if "was killed by SIGKILL" in text else ""
 
 

@@ -595,6 +595,7 @@ def test_the_expected_start_is_told_if_it_is_to_come() -> None:
         (["n09", "n10", "n11"], "n[09-11]"),
         (["a", "b", "a"], "a,b"),
         (["vm", "vm"], "vm"),
+        (["n0", "n1", "n9", "n10"], "n[0-1,9-10]"),
         (["gpu1-ib", "gpu2-ib", "cpu1"], "gpu[1-2]-ib,cpu1"),
     ],
 )

@@ -103,3 +103,37 @@ def test_without_records_the_log_of_a_rank_tells(run: RunDir) -> None:
     run.attempt(0).fault(1).parent.mkdir()
     run.attempt(0).fault(1).write_text('{"schema": 1, "ra')
     assert why.cause(run.attempt(0)).text.startswith("rank 1: ValueError: no such class (")
+
+
+def test_R1_a_node_that_failed_its_check_is_explained_without_any_rank(run: RunDir) -> None:
+    cause = "node2: 7 of 8 GPUs"
+    record = {"state": "requeued", "cause": cause, "start": {"word": "node_check_failed"}, "exclude": ["node2"]}
+    rundir.publish_json(run.attempt(0).job, record | {"decision": "crash 1 of 3 without a new checkpoint"})
+    check = {"host": "node2", "faults": ["7 of 8 GPUs"], "warnings": ["2 cores for 8 ranks"]}
+    rundir.publish_json(run.attempt(0).path / "logs" / "node-1" / "check.json", check)
+    found = why.explain(run.attempt(0))
+    assert (found.first, found.rank, found.word) == (cause, None, "node_check_failed")
+    assert "tell the keepers" in found.remedy
+    assert found.nodes == ["node2: warning: 2 cores for 8 ranks"]  # what is the cause itself is not told twice
+    assert "and then    it is started again: crash 1 of 3 without a new checkpoint, without node2" in why.lines(found)
+
+
+def test_who_only_followed_is_told_apart(run: RunDir) -> None:
+    noted(run, 3, 1.0, "nan_or_inf")
+    for rank in (0, 1, 2, 5):
+        noted(run, rank, 2.0 + rank, "peer_lost", message=f"Connection reset by [10.0.0.{rank}]:1234")
+    noted(run, 4, 9.0, "disk_full")
+    run.attempt(0).stacks(3).parent.mkdir()
+    run.attempt(0).stacks(3).touch()
+    found = why.explain(run.attempt(0))
+    assert (found.rank, found.word, found.only_followed) == (3, "nan_or_inf", False)
+    assert found.followed == ["ranks 0-2, 5: peer_lost: E: Connection reset by ..."]
+    assert [also.split(",")[0] for also in found.also] == ["disk_full"]
+    assert found.stacks.endswith("stacks/rank-3.txt")
+
+
+def test_an_attempt_without_a_word_has_nothing_to_explain(run: RunDir) -> None:
+    run.attempt(0).path.mkdir(parents=True)
+    assert why.lines(why.explain(run.attempt(0))) == []
+    rundir.publish_json(run.attempt(0).job, {"state": "failed", "cause": None})
+    assert "no trainer left a word" in why.lines(why.explain(run.attempt(0)))[0]
