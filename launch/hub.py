@@ -112,6 +112,8 @@ def fetch(model: str, folder: Path, say: Callable[[str], None], endpoint: str | 
         )
     except Unreachable:
         raise
+    except KeyboardInterrupt:
+        raise Unreachable("interrupted; the same command goes on where it was") from None
     except Exception as error:  # of httpx, urllib3 and the hub's own: no common ancestor
         raise Unreachable(_brief(error)) from None
     return Path(place)
