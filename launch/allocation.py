@@ -29,6 +29,8 @@ class Allocation:
     """On each node."""
     minutes: int | None
     """Limit of the allocation; None: there is none."""
+    end: str
+    """When it ends, as SLURM writes a local time; "": it does not say."""
     overlap: bool = False
     """Whether this shell is a step that holds the cores which the run's step needs."""
 
@@ -58,6 +60,7 @@ def read(text: str, overlap: bool) -> Allocation | None:
         cpus=max(1, int(fields["NumCPUs"].split("-")[0]) // nodes),
         gpus=_gpus(text, fields, nodes),
         minutes=_minutes(fields.get("TimeLimit", "")),
+        end=fields["EndTime"] if fields.get("EndTime", "")[:1].isdigit() else "",
         overlap=overlap,
     )
 

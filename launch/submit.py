@@ -16,7 +16,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -605,7 +606,24 @@ def _watch(plan: Plan, start: Start, process: "subprocess.Popen[bytes]") -> tupl
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    return follow.follow(run, follow.Local(process), start.attempt, on_interrupt=stop), bool(asked)
+    with _before_the_end(plan, stop):
+        return follow.follow(run, follow.Local(process), start.attempt, on_interrupt=stop), bool(asked)
+
+
+@contextlib.contextmanager
+def _before_the_end(plan: Plan, stop: Callable[[], None]) -> Iterator[None]:
+    """Stop as SLURM stops a batch job: a while before the limit. An allocation's steps get no warning."""
+    if not plan.allocation or not plan.allocation.end:
+        yield
+        return
+    left_s = (datetime.fromisoformat(plan.allocation.end) - datetime.now()).total_seconds()
+    timer = threading.Timer(max(0.0, left_s - plan.signal_delay_s), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
