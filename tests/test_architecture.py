@@ -167,7 +167,10 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.plan": {f"vitdist.{room}" for room in ("cost", "memory", "model", "optim", "shapes")},
         "vitdist.report": {"vitdist.data", "vitdist.data.index", "vitdist.faults"},  # thumbnails of the worst mistakes
         "vitdist.cli": {
-            *(f"vitdist.{room}" for room in ("inference", "manifest", "plan", "report", "results", "selection")),
+            *(
+                f"vitdist.{room}"
+                for room in ("cost", "inference", "manifest", "plan", "report", "results", "selection")
+            ),
             *(m for m in map(module, FILES) if m.startswith("vitdist.data")),
         },
     }

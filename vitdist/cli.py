@@ -4,7 +4,7 @@ vitdist pack photos shards                        # pictures -> indexed WebDatas
 vitdist index shards/train                        # index tars that others made
 vitdist stats shards                              # classes, copies, patients in both splits: a page
 vitdist verify shards                             # are they what they were?
-vitdist plan configs/skin.yaml                    # layers, learning rates, what is frozen
+vitdist plan configs/skin.yaml --nodes 4          # layers and rates; memory, time, network and disk that it takes
 vitdist checkpoints runs/NAME --verify            # what there is to go on from, and whether it is whole
 vitdist report runs/NAME                          # the run as a page
 vitdist evaluate runs/NAME --data shards/test     # its model on other shards
@@ -190,10 +190,27 @@ def _change_shards(commands: Commands) -> None:
 
 
 def _plan_a_run(commands: Commands) -> None:
-    plan = _with_settings(commands, "plan", "what a configuration trains: layers, learning rates, weight decay")
+    plan = _with_settings(
+        commands, "plan", "what a configuration trains (layers, rates) and takes: memory of a GPU, time, network, disk"
+    )
     plan.add_argument("config", help="a configuration (.yaml)")
     plan.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings over those of the file")
     plan.add_argument("--classes", type=_positive, metavar="N", help="number of classes, if data.train is not here")
+    plan.add_argument("--samples", type=_positive, metavar="N", help="training samples, if data.train is not here")
+    plan.add_argument("--json", action="store_true", help="memory and cost as JSON (bytes, seconds, FLOP), no tables")
+    where = plan.add_argument_group("the place (default: one node of 8 GPUs)")
+    where.add_argument("--nodes", type=_positive, metavar="N")
+    where.add_argument("--gpus-per-node", type=_positive, metavar="N")
+    where.add_argument("--gpu-memory-gb", type=_amount, metavar="N", help="10^9 bytes of a GPU: whether it fits")
+    where.add_argument("--cluster", metavar="FILE", help="a profile (slurm/NAME.yaml) that tells these and more")
+    assumed = plan.add_argument_group("assumed")
+    assumed.add_argument("--mfu", type=_share, default=0.4, metavar="P", help="share of a GPU's peak (default 0.4)")
+    assumed.add_argument(
+        "--tflops", type=_amount, default=790.0, metavar="N", help="that peak (default 790: H100, H200; A100: 312)"
+    )
+    assumed.add_argument(
+        "--write-gb-s", type=_amount, default=0.5, metavar="N", help="GB/s of the run folder's disk (default 0.5)"
+    )
     plan.set_defaults(run=_plan)
 
 
@@ -302,6 +319,16 @@ def _share(text: str) -> float:
     return share
 
 
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = 0.0
+    if not 0 < amount <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, such as 80")
+    return amount
+
+
 def _positive(text: str) -> int:
     if not _NUMBER.fullmatch(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
@@ -401,18 +428,61 @@ def _digits(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from vitdist import config, plan
-    from vitdist.data.index import Index
+    import json
+
+    from vitdist import config, cost, plan
 
     settings = config.load(args.config, args.overrides)
-    classes = args.classes
-    if classes is None:
-        place = settings.data.val if settings.data.stream else next(iter(settings.data.train_sets))
-        try:
-            classes = len(Index.open(place, check=False).classes)
-        except (ValueError, OSError) as error:
+    classes, samples = _of_training_set(settings, args)
+    place = _place(args)
+    assumed = cost.Assumed(args.tflops, args.mfu, args.write_gb_s)
+    if args.json:
+        print(json.dumps(plan.as_json(plan.budget(settings, classes, place, samples, assumed)), indent=2))
+        return
+    try:
+        print(plan.table(settings, classes))
+    except ImportError as error:
+        print(f"no table of layers: {error.name} is not installed here")
+    try:
+        print(f"\n{plan.text(plan.budget(settings, classes, place, samples, assumed))}")
+    except config.SettingsError as error:  # the batch does not divide
+        if args.nodes or args.gpus_per_node or args.cluster:
+            raise
+        print(f"\nmemory and time: {error} (8 GPUs are taken; say --nodes N --gpus-per-node N)")
+
+
+def _of_training_set(settings: Any, args: argparse.Namespace) -> tuple[int, int | None]:
+    """Number of classes and of samples, as given or as the indexes tell; samples None where they are not known."""
+    from vitdist.data.index import Index
+
+    classes, samples, stream = args.classes, args.samples, settings.data.stream
+    if stream and samples is None:
+        samples = settings.data.stream_samples
+    if classes is not None and samples is not None:
+        return classes, samples
+    try:
+        sets = [settings.data.val] if stream else list(settings.data.train_sets)
+        indexes = [Index.open(place, check=False) for place in sets]
+    except (ValueError, OSError) as error:
+        if classes is None:
             raise ValueError(f"{error}\nor say how many classes there will be: --classes N") from None
-    print(plan.table(settings, classes))
+        return classes, samples
+    if classes is None:
+        classes = len(indexes[0].classes)
+    return classes, sum(map(len, indexes)) if samples is None else samples
+
+
+def _place(args: argparse.Namespace) -> Any:
+    """By the options, the profile, and what is usual."""
+    from vitdist import config, plan
+
+    raw = config.read_yaml(args.cluster) if args.cluster else {}
+    # The launcher checks profiles; here a number is taken where there is one. 120 s is its default.
+    told = {name: value for name, value in raw.items() if isinstance(value, int | float) and 0 < value <= 1e6}
+    delay = told.get("signal_delay_s", 120) if args.cluster else None
+    cpus = int(told["cpus_per_task"]) if "cpus_per_task" in told else None
+    gpus = args.gpus_per_node or int(told.get("gpus_per_node", 8))
+    return plan.Place(args.nodes or 1, gpus, args.gpu_memory_gb or told.get("gpu_memory_gb"), cpus, delay)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

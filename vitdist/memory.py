@@ -11,7 +11,7 @@ context takes and the allocator wastes is assumed: there was no GPU to measure i
 
 import bisect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -92,21 +92,19 @@ def share(parameter: Parameter, world: int) -> int:
     return -(-parameter.numel // world)
 
 
-def state(net: Network, zero: int, world: int, precision: str, optim: Optim, autocast: bool = False) -> State:
-    """What the fullest rank holds. `precision`: fp16, bf16 or fp32."""
-    return max((_state(net, zero, world, precision, optim, autocast, rank) for rank in _ranks(zero, world)), key=sum)
+def state(
+    net: Network,
+    zero: int,
+    world: int,
+    precision: str,
+    optim: Optim,
+    autocast: bool = False,
+    rank: int | None = None,
+) -> State:
+    """What `rank` holds, or the fullest one. `precision`: fp16, bf16 or fp32.
 
-
-def state_of(net: Network, zero: int, world: int, precision: str, optim: Optim, autocast: bool, rank: int) -> State:
-    """What `rank` holds: under ZeRO 1 and 2, ranks differ in the gradients that lie across their borders."""
-    return _state(net, zero, world, precision, optim, autocast, rank)
-
-
-def _ranks(zero: int, world: int) -> range:
-    return range(world) if zero in (1, 2) else range(1)
-
-
-def _state(net: Network, zero: int, world: int, precision: str, optim: Optim, autocast: bool, rank: int) -> State:
+    Under ZeRO 1 and 2, ranks differ in the gradients of tensors that lie across their borders.
+    """
     size, groups = element(precision, autocast), net.groups()
     frozen = [p for p in net.parameters if not p.trained]
     if zero == 0:
@@ -119,27 +117,32 @@ def _state(net: Network, zero: int, world: int, precision: str, optim: Optim, au
         # In fp32 they are a copy too: DeepSpeed compares a device with its name, and finds another one.
         masters, pieces = 4 * held, len(groups)
     else:
-        parts = [partition(group, world) for group in groups]
-        held = sum(parts)
+        held = sum(partition(group, world) for group in groups)
         weights = (held * world + sum(p.numel for p in frozen)) * size
-        gradients = size * sum(_across(g, part, world, rank) for g, part in zip(groups, parts, strict=True))
+        each = (_across(group, world, range(world) if rank is None else [rank]) for group in groups)
+        gradients = size * max(map(sum, zip(*each, strict=True)), default=0)
         masters, pieces = 4 * held, len(groups)
     counts = 4 * pieces if optim.name == "adamw" else 0
     return State(weights, gradients, masters, 4 * held * len(moments(optim)) + counts, 4 * held if optim.ema else 0)
 
 
-def _across(group: list[Parameter], part: int, world: int, rank: int) -> int:
-    """Elements of gradients that a rank holds of a group: whole tensors, where only a part of one is its own.
+def _across(group: list[Parameter], world: int, ranks: Iterable[int]) -> list[int]:
+    """Elements of gradients that each of `ranks` holds of a group: whole tensors, of which only a part is its own.
 
-    The last one pads with zeros; one that has no parameter of a group holds zeros alone.
+    Where the group ends within a rank's part, zeros follow; a rank that has no parameter of a group holds zeros alone.
     """
-    begins = list(itertools.accumulate((p.numel for p in group), initial=0))
-    whole = begins.pop()
-    first, last = rank * part, min((rank + 1) * part, whole)
-    if first >= whole:
-        return part
-    low, high = bisect.bisect_right(begins, first) - 1, bisect.bisect_left(begins, last)
-    return sum(p.numel for p in group[low:high]) + (rank + 1) * part - last
+    part = partition(group, world)
+    ends = list(itertools.accumulate((p.numel for p in group), initial=0))
+    begins, whole = ends[:-1], ends[-1]
+    found = []
+    for rank in ranks:
+        first, last = rank * part, min((rank + 1) * part, whole)
+        if first >= whole:
+            found.append(part)
+            continue
+        low, high = bisect.bisect_right(begins, first) - 1, bisect.bisect_left(begins, last)
+        found.append(ends[high] - ends[low] + (rank + 1) * part - last)
+    return found
 
 
 def buckets(net: Network, zero: int, precision: str, autocast: bool = False) -> int:

@@ -193,7 +193,7 @@ def _of_folder(source: str, classes: int) -> Network:
         path = Path(found)
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        return _of_config(told, classes)
+        return of_config(told, classes)
     except OSError as error:
         raise Unknown(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -202,8 +202,11 @@ def _of_folder(source: str, classes: int) -> Network:
         raise Unknown(f"{path} is no configuration of a model ({type(error).__name__}: {error})") from None
 
 
-def _of_config(told: Mapping[str, Any], classes: int) -> Network:
-    """Where config.json is silent, the defaults of transformers' configuration classes hold."""
+def of_config(told: Mapping[str, Any], classes: int) -> Network:
+    """The numbers of transformers' configuration `told`, without parameters. Raises Unknown.
+
+    Where it is silent, the defaults of transformers' configuration classes hold.
+    """
     family = told.get("model_type")
     if family not in _FAMILIES:
         raise Unknown(f"is of a model of type {family!r}, not one of: {', '.join(_FAMILIES)}")
