@@ -310,12 +310,14 @@ def _listed(args: argparse.Namespace, found: list[Status], answered: bool) -> st
         found = [each for each in found if each.state in (*LIVE, "UNKNOWN")]
     if args.json:
         return json.dumps([dataclasses.asdict(each) for each in found], indent=1, ensure_ascii=False)
-    if not answered:
-        _say("SLURM does not answer: what it alone knows is UNKNOWN")
+    silence = "" if answered else "SLURM does not answer: what it alone knows is UNKNOWN"
+    if silence and not args.watch:
+        _say(silence)
     if not found:
         return f"no {'active ' * args.active}runs in {args.runs}"
     width = shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0
-    return table(found, width, colour=_colour())
+    text = table(found, width, colour=_colour())
+    return f"{text}\n{silence}" if silence and args.watch else text
 
 
 def table(found: Sequence[Status], width: int, colour: bool) -> str:
