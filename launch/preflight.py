@@ -9,6 +9,7 @@ checks take milliseconds; what SLURM, quotas and the hub are asked is bounded. I
 """
 
 import difflib
+import functools
 import getpass
 import json
 import math
@@ -72,6 +73,7 @@ class Case:
 
 def check(case: Case, skip: Iterable[str] = ()) -> list[Finding]:
     """All findings of all checks but those in `skip`; notes only where nothing refuses."""
+    _index.cache_clear()
     found: list[Finding] = []
     for name, look in CHECKS.items():
         if name in skip:
@@ -189,6 +191,7 @@ def _head(case: Case, names: list[str]) -> Iterator[Finding]:
         yield Finding("warn", f"the head of {source} begins anew: its classes and those of the data differ in {odd}")
 
 
+@functools.cache  # for one look: a shared file system is slow to ask for the lengths of thousands of shards
 def _index(folder: Path) -> tuple[dict[str, Any], str]:
     """What index.json says, and what is wrong ("" if nothing)."""
     if not folder.is_dir():
@@ -290,6 +293,7 @@ def fetch(
     except hub.Unreachable as error:
         what = f"model.pretrained: {name} cannot be fetched from here ({error}); {_by_hand(name, folder)}"
         return [Finding("refuse", what, "weights")]
+    _index.cache_clear()
     again = {"classes": classes, "memory": gpu_memory, "space": space, "time": time_limit}
     return [
         replace(finding, check=name)
@@ -433,7 +437,7 @@ def space(case: Case) -> Iterator[Finding]:
     need = (max(0, number * size - there) + MARGIN_BYTES) * case.points
     world = case.nodes * case.processes
     files = (number * (world + 2) + 4 * world + MARGIN_FILES) * case.points
-    why = f"{number} checkpoints of {size / 1e9:.1f} GB ({source}) and logs" if size else "logs and checkpoints"
+    why = f"{number} checkpoints of {_shown(size)} ({source}) and logs" if size else "logs and checkpoints"
     limits = [(f"{place} has", disks.free(place))]
     mount = disks.mount_of(place, disks.mounts())
     if mount and not case.dry:
@@ -442,9 +446,13 @@ def space(case: Case) -> Iterator[Finding]:
         if room.bytes is not None and room.bytes < need:
             level: Literal["refuse", "warn"] = "refuse" if room.bytes < need / 2 else "warn"
             away = "free some, keep fewer (checkpoint.keep), or choose another --runs"
-            yield Finding(level, f"{what} {room.bytes / 1e9:.1f} GB, where {why} take {need / 1e9:.1f} GB: {away}")
+            yield Finding(level, f"{what} {_shown(room.bytes)}, where {why} take {_shown(need)}: {away}")
         if room.files is not None and room.files < files:
             yield Finding("refuse", f"{what} room for {room.files:,} more files, and about {files:,} are needed")
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
 
 
 def _checkpoint(case: Case) -> tuple[int, str]:
