@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import disks
 from launch.cluster import Cluster, filled_in
 
 ASK_S = 10.0
@@ -105,7 +106,10 @@ def fetch(model: str, folder: Path, say: Callable[[str], None], endpoint: str | 
         names = needed(list(sizes))
         if not any(name.endswith((".safetensors", ".bin")) for name in names):
             raise Unreachable(f"{model} has no weights that transformers reads (model.safetensors, pytorch_model.bin)")
-        say(f"fetching {model} into {folder}: {sum(sizes[name] for name in names) / 1e9:.2f} GB, once for all runs")
+        size, room = sum(sizes[name] for name in names), disks.free(folder).bytes
+        if room is not None and room < size:
+            raise Unreachable(f"{folder} has {room / 1e9:.2f} GB, and it takes {size / 1e9:.2f} GB")
+        say(f"fetching {model} into {folder}: {size / 1e9:.2f} GB, once for all runs")
         # Of the branch, not of its commit: the job looks the model up as `main`.
         place = huggingface_hub.snapshot_download(
             model, cache_dir=folder, allow_patterns=names, etag_timeout=ASK_S, endpoint=endpoint

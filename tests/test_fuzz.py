@@ -379,7 +379,9 @@ def edges(number: int) -> Iterator[None]:
         patch.setattr(tracking, "to_file", lambda _: None)  # turns this process's output away for good
         patch.setattr(trainer.stop, "install", lambda: trainer.stop.StopRequest())
         patch.setattr(slurm, "partitions", lambda _: there)
-        patch.setattr(preflight, "sbatch", list)
+        for name in ("commands", "script"):
+            patch.setitem(preflight.CHECKS, name, lambda _: [])
+        patch.setattr(preflight, "fetch", lambda *_, **__: [])
         patch.setattr(snapshot, "take", take)
         patch.setattr(snapshot, "changed", lambda *_: [])
         patch.setattr(submitit, "SlurmExecutor", Executor)

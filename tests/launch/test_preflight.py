@@ -378,7 +378,7 @@ def test_L8_weights_of_the_hub_are_fetched_once_and_only_what_is_needed(
 
 
 def test_L8_a_hub_out_of_reach_is_refused_with_the_way_out(
-    case: Case, place: Path, server: tuple[str, list[str]]
+    case: Case, place: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned = replace(changed(case, "model.scratch=null", "model.pretrained=org/other"), cluster=profile())
     (finding,) = preflight.fetch(tuned, print, endpoint=server[0])
@@ -388,6 +388,9 @@ def test_L8_a_hub_out_of_reach_is_refused_with_the_way_out(
     home = place / "home" / ".cache" / "huggingface"
     assert finding.text.endswith(f"HF_HOME={home} hf download org/other; or copy the model's folder and give its path")
     assert preflight.fetch(tuned, print, skip=["weights"], endpoint="http://127.0.0.1:9") == []
+    monkeypatch.setattr(disks, "free", lambda _: Room(0, None))
+    (finding,) = preflight.fetch(changed(tuned, "model.pretrained=org/vit"), print, endpoint=server[0])
+    assert "has 0.00 GB, and it takes 0.00 GB" in finding.text
     assert preflight.fetch(replace(tuned, cluster=None), print, endpoint="http://127.0.0.1:9") == []
     offline = replace(tuned, env={**tuned.env, "HF_HUB_OFFLINE": "1"})
     (text,) = said(offline, "weights")
