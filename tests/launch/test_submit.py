@@ -1,5 +1,6 @@
 """The command: what it prints, what it refuses, what it leaves behind."""
 
+import io
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from vitdist import config, rundir
 from vitdist.rundir import RunDir
 
 Put = Callable[[str, str], None]
-GOLDEN = ROOT / "tests" / "golden" / "sbatch_4nodes.sh"
 PROFILE = """\
 partition: gpu
 account: vision
@@ -49,16 +49,32 @@ def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int
 # ---- dry run ---------------------------------------------------------------------------------------
 
 
-def test_the_sbatch_script_is_the_golden_one(place: Path) -> None:
-    (place / "mine.yaml").write_text(PROFILE)
+GOLDENS: dict[str, tuple[str, list[str]]] = {
+    "4nodes": ("{}", []),
+    "array": ("{}", ["--sweep", "optim.lr=1e-4,3e-4", "optim.layer_decay=0.65,0.75", "--parallel", "2"]),
+    "gres": ("{gpu_request: gres, gpu_type: h200, mem_gb: 900, exclusive: true}", []),
+    "exclude": ("{exclude: 'bad[1-2]', constraint: ib&h200}", ["--exclude", "node7"]),
+    "container": ("{container: {image: /images/vit.sif, binds: ['/scratch']}}", []),
+}
+"""Fields of the profile beside those of PROFILE, and more of the command line."""
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_sbatch_script_is_the_golden_one(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile, more = GOLDENS[name]
+    (place / "mine.yaml").write_text(yaml.safe_dump(yaml.safe_load(PROFILE) | yaml.safe_load(profile)))
     before = tree(place)
-    done = submit("--config", "tiny.yaml", "--cluster", "mine.yaml", "--nodes", "4", "--name", "vit", "--dry-run")
-    assert done.returncode == 0
-    text = done.stdout.replace(sys.executable, "PYTHON").replace(str(place), "PLACE")
-    assert text == GOLDEN.read_text()
+    arguments = ["--config", "tiny.yaml", "--cluster", "mine.yaml", "--nodes", "4", "--name", "vit", "--dry-run", *more]
+    code, out, err = in_process(capsys, *arguments)
+    assert code == 0, err
+    text = out.replace(sys.executable, "PYTHON").replace(str(place), "PLACE")
+    assert text == (ROOT / "tests" / "golden" / f"sbatch_{name}.sh").read_text()
+    assert subprocess.run(["bash", "-n"], input=out, text=True, check=False).returncode == 0
     assert tree(place) == before
     # Not in reach of a SLURM: told, but a dry run refuses only settings.
-    assert "error: sbatch, srun, scontrol: not in PATH" in done.stderr
+    assert "error: sbatch, srun, scontrol: not in PATH" in err
+    points = [line for line in err.splitlines() if line.startswith("vit-")]
+    assert len(points) == (4 if name == "array" else 0)
 
 
 def test_a_dry_run_is_what_will_be_submitted(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -497,6 +513,268 @@ def test_L2_a_failed_continuation_leaves_the_run_as_it_was(
     before = set(tree(place))
     assert in_process(capsys, *arguments)[0] == 2
     assert set(tree(place)) - before == {str(place / "runs" / "x" / ".lock")}
+
+
+# ---- what a shell or SLURM would take for something else ----------------------------------------------
+
+ODD = {
+    "newline": "a\n#SBATCH --uid=0",
+    "quote": "a'; id; '",
+    "double quote": 'a"b',
+    "command": "$(touch pwned)",
+    "backtick": "`touch pwned`",
+    "variable": "${HOME}",
+    "up": "../../x",
+    "flag": "--uid=0",
+    "blank": "a b",
+    "nul": "a\0b",
+}
+PLACES: dict[str, Callable[[str], list[str]]] = {
+    "name": lambda odd: [f"--name={odd}"],
+    "resume": lambda odd: [f"--resume={odd}"],
+    "after": lambda odd: [f"--after={odd}"],
+    "exclude": lambda odd: [f"--exclude={odd}"],
+    "time": lambda odd: [f"--time={odd}"],
+    "config": lambda odd: [f"--config={odd}"],
+    "cluster": lambda odd: [f"--cluster={odd}"],
+    "setting": lambda odd: [f"optim.{odd}=1"],
+    "value": lambda odd: [f"optim.lr={odd}"],
+    "sweep": lambda odd: ["--sweep", f"optim.{odd}=1,2"],
+    "swept value": lambda odd: ["--sweep", f"optim.lr={odd},2"],
+    **{
+        f"profile {field}": lambda odd, field=field: [f"--cluster={field}.yaml"]
+        for field in ("partition", "account", "qos", "comment", "constraint", "exclude", "gpu_type")  # type: ignore[misc]
+    },
+}
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_X2_odd_texts_are_refused_wherever_they_stand(
+    where: str, slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm("sbatch", f"touch {place}/sent; echo 4711")
+    for what, odd in ODD.items():
+        if where.startswith("profile "):
+            field = where.removeprefix("profile ")
+            (place / f"{field}.yaml").write_text(yaml.safe_dump({"gpus_per_node": 8, field: odd}))
+            if (what, field) in (("up", "comment"), ("up", "account"), ("up", "partition"), ("up", "qos")):
+                continue  # dots and slashes mean nothing there, and it begins with a dot, which is refused below
+        arguments = PLACES[where](odd)
+        config_ = [] if where in ("config", "resume") else ["--config", "tiny.yaml"]
+        before = tree(place)
+        code, out, err = in_process(capsys, *config_, *arguments)
+        assert code == 2, (what, out, err)
+        assert out == ""
+        assert err.startswith("error: "), (what, err)
+        assert "Traceback" not in err
+        assert tree(place) == before, what
+
+
+def test_X2_texts_that_are_free_reach_no_shell(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A project of W&B may have quotes in its name; a path may lead up. Both stand in config.yaml alone."""
+    project = 'it\'s "ours"; id #'
+    overrides = [f"tracking.project={json.dumps(project)}", "data.train=../" + place.name + "/shards/train"]
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x", *overrides)
+    assert code == 0, err
+    run = RunDir(place / "runs" / "x")
+    assert config.load(run.config).tracking.project == project
+    assert config.load(run.config).data.train == str(place / "shards" / "train")
+    assert "ours" not in run.submit.read_text()
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------
+
+LISTS = ["--sweep", "optim.lr=1e-4,3e-4", "optim.layer_decay=0.65,0.75"]
+
+
+def test_L1_faults_of_all_points_are_told_before_anything_is_made(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(place)
+    for lists, said in (
+        (["optim.lr=1e-4,fast", "optim.layer_decay=0.65,7"], ["not 'fast'", "optim.layer_decay", "in 1 of the points"]),
+        (["optim.ler=1,2"], ["optim.ler: unknown setting; did you mean optim.lr?"]),
+        (["train.global_batch=64,33"], ["train.global_batch 33 does not divide", "(train.global_batch=33)"]),
+        (["optim.lr=1e-4,0.0001"], ["--sweep: optim.lr=1e-4 means the same as another point", "optim.lr=0.0001"]),
+    ):
+        code, out, err = in_process(capsys, "--config", "tiny.yaml", "--nodes", "2", "--sweep", *lists)
+        assert (code, out) == (2, "")
+        assert all(text in err for text in said), err
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "optim.lr=1", *LISTS, "--parallel", "0")
+    assert "optim.lr: is in --sweep and given besides" in err
+    assert "--parallel 0: at least 1" in err
+    assert tree(place) == before
+
+
+def test_a_sweep_goes_on_with_the_points_that_are_left(
+    slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", "tiny.yaml", "--name", "s", *LISTS]
+    code, out, err = in_process(capsys, *arguments, "--parallel", "3")
+    assert code == 0, err
+    assert "job 4711: 4 points, 3 at once, each 1 node with 8 ranks, 720 minutes a start" in out
+    assert "asks for    4 points x 1 node x 8 GPUs x 12:00 h = 384 GPU-hours a start" in out
+    home, points = RunDir(place / "runs" / "s"), [RunDir(place / "runs" / f"s-0{i}") for i in range(4)]
+    assert "#SBATCH --array=0-3%3" in home.submit.read_text()
+    assert [config.load(run.config).optim.lr for run in points] == [1e-4, 1e-4, 3e-4, 3e-4]
+    assert [(run.path / "slurm_job").read_text() for run in points] == [f"4711_{i}\n" for i in range(4)]
+    assert (points[0].code / "launch" / "job.py").samefile(home.code / "launch" / "job.py"), "stored once"
+    for number in (0, 2):
+        done = {"attempt": 0, "state": "done", "step": 9, "total_steps": 9, "summary": {"top1": number / 10}}
+        rundir.publish_json(points[number].attempt(0).train, done)
+    slurm("squeue", "true")
+    slurm("sbatch", "echo 4712")
+    code, out, err = in_process(capsys, "--resume", "s", "tracking.log_every=7")
+    assert code == 0, err
+    assert "#SBATCH --array=1,3%2" in home.submit.read_text()
+    assert f"{points[0].path} is done" in err
+    assert (points[1].path / "slurm_job").read_text() == "4712_1\n"
+    assert config.load(points[3].config).tracking.log_every == 7
+    code, _, err = in_process(capsys, *arguments[:-1], "optim.layer_decay=0.65,0.7")
+    assert code == 2
+    assert "is a sweep of other points: choose another --name" in err
+    code, _, err = in_process(capsys, *arguments[:4])
+    assert code == 2
+    assert "is a sweep: --resume s goes on with it" in err
+
+
+def test_a_sweep_that_slurm_refuses_leaves_nothing(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm("sbatch", '[ "$1" = --test-only ] || { echo "QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }')
+    before = tree(place)
+    code, _, err = in_process(capsys, "--config", "tiny.yaml", "--name", "s", *LISTS)
+    assert code == 2
+    assert "SLURM refused the job: QOSMaxSubmitJobPerUserLimit" in err
+    assert tree(place) == before
+
+
+def test_without_slurm_the_points_run_one_after_another(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = launch_submit.main(["--config", "tiny.yaml", "--name", "s", *LISTS[:2]], launcher="standin")
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert "point 2 of 2, s-01: optim.lr=3e-4" in err
+    table = out[out.index("run   optim.lr") :].splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["s-00", "s-01"]
+    assert [line.split()[-1] for line in table[1:]] == ["done", "done"]
+
+
+# ---- runs after runs ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed_by_its_name_with_its_settings_and_place(
+    slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "mine.yaml").write_text(PROFILE)
+    first = ["--config", "tiny.yaml", "--cluster", "mine.yaml", "--name", "x", "--nodes", "4", "optim.lr=3e-4"]
+    assert in_process(capsys, *first)[0] == 0
+    slurm("squeue", "true")
+    (place / "mine.yaml").unlink()
+    (place / "tiny.yaml").unlink()
+    run = RunDir(place / "runs" / "x")
+    for arguments in (["x"], [str(run.path)], ["runs/x"]):
+        code, script, err = in_process(capsys, "--resume", *arguments, "--dry-run")
+        assert (code, script) == (0, run.submit.read_text()), err
+    code, out, err = in_process(capsys, "--resume", "x", "--nodes", "2", "--time", "1:00:00", "train.epochs=5")
+    assert code == 0, err
+    assert "job 4711: 2 nodes with 8 ranks each, partition gpu, 60 minutes a start" in out
+    assert (config.load(run.config).optim.lr, config.load(run.config).train.epochs) == (3e-4, 5)
+    for arguments, said in (
+        (["--resume", "xy"], f"--resume xy: no such run in {place}/runs; did you mean x?"),
+        (["--resume", "x", "--config", "a.yaml"], "--resume x: brings its own config; leave --config out"),
+        (["--resume", "x", "--name", "z"], "--resume x: brings its own name; leave --name out"),
+        (["--resume", "x", *LISTS], "--resume x: brings its own sweep; leave --sweep out"),
+    ):
+        code, _, err = in_process(capsys, *arguments)
+        assert code == 2
+        assert f"error: {said}" in err
+
+
+def test_after_waits_for_a_job_that_may_still_be_done(
+    slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", "tiny.yaml", "--name"]
+    assert in_process(capsys, *arguments, "first")[0] == 0
+    slurm("squeue", "echo '4711|RUNNING|None|node1|N/A'")
+    slurm("sbatch", "echo 4712")
+    for after in ("first", "4711"):
+        code, out, err = in_process(capsys, *arguments, f"after-{after}", "--after", after)
+        assert code == 0, err
+        assert "starts      after job 4711" in out
+        script = RunDir(place / "runs" / f"after-{after}").submit.read_text()
+        assert "#SBATCH --dependency=afterok:4711\n" in script
+        assert "#SBATCH --kill-on-invalid-dep=yes\n" in script
+    slurm("squeue", "exit 1")  # silent, which is not gone
+    code, _, err = in_process(capsys, *arguments, "silent", "--after", "4711")
+    assert code == 0, err
+    slurm("squeue", "echo '4711|FAILED|NonZeroExitCode|node1|N/A'")
+    for after, said in (("4711", "job 4711 has ended: FAILED"), ("none", "no such run"), ("4713", "knows no job 4713")):
+        code, _, err = in_process(capsys, *arguments, "third", "--after", after)
+        assert code == 2
+        assert f"error: --after {after}: " in err
+        assert said in err
+    slurm("squeue", "echo '4711|COMPLETED|None|node1|N/A'")
+    code, _, err = in_process(capsys, *arguments, "third", "--after", "4711")
+    assert code == 0
+    assert "--after 4711: is done already" in err
+    assert "dependency" not in RunDir(place / "runs" / "third").submit.read_text()
+    code, _, err = in_process(capsys, *arguments, "x", "--after", "4711", "--cluster", "local")
+    assert code == 2
+    assert "--after: needs a job that SLURM queues" in err
+
+
+@pytest.mark.parametrize(("answer", "sent"), [("y", True), ("", False), ("no", False)])
+def test_a_person_is_asked_for_what_is_dear(
+    answer: str,
+    sent: bool,
+    slurm: Put,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal(f"{answer}\n"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    dear = ["--config", "tiny.yaml", "--name", "x", "--nodes", "4", "--time", "2-00:00:00"]
+    code, _, err = in_process(capsys, *dear)
+    assert "this asks for up to 1,536 GPU-hours a start. Go on? [y/N]" in err
+    assert code == (0 if sent else 2)
+    assert (place / "runs").exists() == sent
+    if not sent:
+        code, _, err = in_process(capsys, *dear, "--yes")
+        assert code == 0
+        assert "Go on?" not in err
+
+
+def test_scripts_are_never_asked(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = in_process(capsys, "--config", "tiny.yaml", "--name", "x", "--nodes", "4", "--time", "2-00:00:00")
+    assert code == 0
+    assert "Go on?" not in err
+    assert "1,536 GPU-hours" in out
+
+
+def test_what_slurm_says_of_the_start(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soon = f"{datetime.now() + timedelta(hours=2, minutes=5, seconds=20):%Y-%m-%dT%H:%M:%S}"
+    said = f"sbatch: Job 1 to start at {soon} using 96 processors on nodes gpu[1-4] in partition gpu"
+    slurm("sbatch", f'[ "$1" = --test-only ] && echo "{said}" >&2 || echo 4711')
+    arguments = ["--config", "tiny.yaml", "--name", "x", "--nodes", "4"]
+    before = tree(place)
+    code, out, _ = in_process(capsys, *arguments, "--test-only")
+    assert code == 0
+    assert f"starts      about {soon.replace('T', ' ')[:16]}, in 2:05 h, as it looks now on gpu[1-4]" in out
+    assert tree(place) == before
+    slurm("sbatch", "exec /bin/sleep 60")
+    launch_submit.PATIENCE_S, before_s = 0.3, launch_submit.PATIENCE_S
+    try:
+        code, out, _ = in_process(capsys, *arguments, "--test-only")
+    finally:
+        launch_submit.PATIENCE_S = before_s
+    assert code == 1
+    assert "starts      not known: SLURM does not answer" in out
+    code, _, err = in_process(capsys, *arguments, "--test-only", "--cluster", "local")
+    assert code == 2
+    assert "--test-only: asks SLURM about a job" in err
 
 
 def finished(place: Path, state: str) -> RunDir:
