@@ -24,6 +24,8 @@ from vitdist.rundir import RunDir
 LOOK_S = 0.5
 SILENCE_S = 15.0
 """A job that SLURM no longer shows for this long has ended without a record."""
+SETTLE_S = 1.0
+"""Between two questions while only SLURM's word of an end is missing."""
 TOLD_S = 120.0
 """SLURM's silence is told after this: a busy controller does not answer for a minute now and then."""
 EXIT_FAILED = 1
@@ -50,6 +52,11 @@ class Job(Protocol):
         """Whether it has ended, whatever the run folder says."""
         ...
 
+    def settled(self) -> bool:
+        """Whether an end that the run folder tells is the last: no next start is to come that the node job has not
+        asked for, as after a node's end."""
+        ...
+
 
 @dataclass
 class Local:
@@ -68,6 +75,9 @@ class Local:
 
     def over(self) -> bool:
         return self.process.poll() is not None
+
+    def settled(self) -> bool:
+        return self.over()
 
 
 @dataclass
@@ -97,6 +107,9 @@ class Here:
             self._gone_since = self._gone_since or time.monotonic()
         return self._gone_since is not None and time.monotonic() > self._gone_since + self.patience_s
 
+    def settled(self) -> bool:
+        return True
+
 
 @dataclass
 class Slurm:
@@ -109,8 +122,10 @@ class Slurm:
     _silent_since: float | None = field(default=None, init=False)
 
     def state(self) -> str:
-        now = time.monotonic()
-        if now >= self._asked + self.every_s:
+        return self._ask(self.every_s)
+
+    def _ask(self, every_s: float) -> str:
+        if time.monotonic() >= self._asked + every_s:
             self._heard(slurm.jobs([self.job_id], 10.0), time.monotonic())
             self._asked = time.monotonic()
         return self._state
@@ -137,6 +152,10 @@ class Slurm:
     def over(self) -> bool:
         # Not at the first sight: a job that is being requeued passes through such states.
         return self._ended_since is not None and time.monotonic() > self._ended_since + SILENCE_S
+
+    def settled(self) -> bool:
+        # Where SLURM is silent the record is believed.
+        return self._ask(SETTLE_S) == "UNKNOWN" or self._ended_since is not None
 
 
 ENDED = status.ENDED
@@ -229,11 +248,11 @@ def follow(run: RunDir, job: Job, since: int, on_interrupt: Any = None) -> int:
         while True:
             try:
                 over = job.over()  # before reading: what was recorded until then is read below
-                record, ended = _records(run, since)
+                record, launched = _records(run, since)
                 _show(bar, rows, record, job)
                 for line in news.of(run, job):
                     bar.print(line)
-                if over or (ended and not isinstance(job, Local)):
+                if over or has_ended(launched, job):
                     break
                 time.sleep(LOOK_S)
             except KeyboardInterrupt:
@@ -258,13 +277,20 @@ def attached(run: RunDir, job_id: str | None, since: int, again: str) -> int:
         return EXIT_LEFT
 
 
-def _records(run: RunDir, since: int) -> tuple[dict[str, Any], bool]:
-    """The trainer's record of the newest attempt, and whether its job has ended for good."""
+def has_ended(launched: Mapping[str, Any], job: Job) -> bool:
+    """Whether the launcher's record of the newest start is the end of the run, as far as the scheduler agrees."""
+    state = launched.get("state")
+    if state in ("done", "refused"):
+        return not isinstance(job, Local) or job.over()
+    return state in status.FINAL and job.settled()
+
+
+def _records(run: RunDir, since: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trainer's and the launcher's record of the newest attempt; {} where there is none yet."""
     attempts = [attempt for attempt in run.attempts() if attempt.number >= since]
     if not attempts:
-        return {}, False
-    job = rundir.read_json(attempts[-1].job) or {}
-    return rundir.read_json(attempts[-1].train) or {}, job.get("state") in status.FINAL
+        return {}, {}
+    return rundir.read_json(attempts[-1].train) or {}, rundir.read_json(attempts[-1].job) or {}
 
 
 def _show(bar: console.Bar, rows: Rows, record: dict[str, Any], job: Job) -> None:

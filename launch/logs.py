@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from launch import follow, status
+from launch import follow
 from vitdist import rundir
 from vitdist.config import SettingsError
 from vitdist.rundir import Attempt, RunDir
@@ -136,7 +136,7 @@ def _over(run: RunDir, choice: Choice, job: follow.Job) -> bool:
     attempts = run.attempts()
     record = (rundir.read_json(attempts[-1].job) if attempts else None) or {}
     waiting = bool(job.waits())  # a new start of a run that has ended before
-    return (record.get("state") in status.FINAL and not waiting) or job.over()
+    return (follow.has_ended(record, job) and not waiting) or job.over()
 
 
 def _code(attempt: Attempt | None) -> int:

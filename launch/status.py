@@ -232,7 +232,7 @@ def read_all(runs: Sequence[RunDir], patience_s: float) -> tuple[list[Status], b
 
     with ThreadPoolExecutor(8) as pool:  # shared file systems answer slowly, and several questions at once
         folders = list(pool.map(look, runs))
-    queue = slurm.jobs((folder.job_id for folder in folders if folder.job_id and _may_live(folder)), patience_s)
+    queue = slurm.jobs((folder.job_id for folder in folders if folder.job_id and _is_asked_for(folder)), patience_s)
     now = datetime.now().astimezone()
     return [judge(folder, queue, now) for folder in folders], queue is not None
 
@@ -242,6 +242,10 @@ def read_one(run: RunDir, patience_s: float) -> tuple[Folder, Status]:
     folder = look(run)
     queue = slurm.jobs([folder.job_id] if folder.job_id else [], patience_s)
     return folder, judge(folder, queue, datetime.now().astimezone())
+
+
+def _is_asked_for(folder: Folder) -> bool:
+    return _may_live(folder) or folder.job.get("state") in ("stopped", "failed")
 
 
 def _may_live(folder: Folder) -> bool:
@@ -294,14 +298,18 @@ def _of_slurm(folder: Folder, known: slurm.Job | None, silent: bool) -> str:
     begun = folder.job.get("job_id") == folder.job_id  # else the newest attempt was of an earlier job
     recorded = folder.job.get("state") if begun else None
     trained = folder.train.get("state") if begun else None
-    if recorded in FINAL or trained == "done":
+    # A node's end is recorded as a stop or a failure, and SLURM starts the job again by itself.
+    again = recorded in ("stopped", "failed") and known and known.state not in (*ENDED, "COMPLETING")
+    if again and known and known.state not in WAITING and not _at_next_start(folder, known):
+        again = False  # it is about to leave its nodes
+    if not again and (recorded in FINAL or trained == "done"):
         return _final(folder, recorded)
     if silent:
         return "UNKNOWN"
     if known and known.state in WAITING:
         return "pending"
     if known and known.state not in ENDED:
-        if not begun or recorded == "requeued" or _at_next_start(folder, known):
+        if not begun or again or recorded == "requeued" or _at_next_start(folder, known):
             return "starting"
         if folder.stop or trained == "stopped":
             return "stopping"

@@ -204,13 +204,16 @@ def test_every_job_is_asked_for_in_one_question(runs: Path, command: Put, capsys
     made(runs, "y", "7")
     ended = made(runs, "z", "8")
     began(ended, job="8", state="failed")
+    done = made(runs, "done", "9")
+    began(done, job="9", state="done")
     command("squeue", 'echo "$*" >> asked; echo "${SQUEUE_PARTITION-}${SQUEUE_USERS-}" >> env')
     os.environ["SQUEUE_PARTITION"] = "other"
     try:
         assert states(capsys)["y"]["state"] == "gone"
     finally:
         del os.environ["SQUEUE_PARTITION"]
-    assert Path("asked").read_text() == "-h -a -r -t all -o %i|%T|%r|%N|%S -j 12,7\n"
+    # 8 too: after a node's end SLURM may start a job again that has recorded a failure
+    assert Path("asked").read_text() == "-h -a -r -t all -o %i|%T|%r|%N|%S -j 12,7,8\n"
     assert Path("env").read_text() == "\n"
 
 
@@ -248,6 +251,30 @@ def test_a_job_that_was_started_again_is_not_taken_for_its_last_start(
     (run.path / "slurm_job").write_text("9\n")  # resumed by hand: the record is of another job
     squeue(command, "9|PENDING|Priority||")
     assert states(capsys)["x"]["state"] == "pending"
+
+
+@pytest.mark.parametrize("recorded", ["stopped", "failed"])
+def test_R7_a_job_that_slurm_starts_again_after_a_nodes_end_is_not_over(
+    runs: Path, command: Put, capsys: pytest.CaptureFixture[str], recorded: str
+) -> None:
+    """The node job saw its node go and could not ask for a requeue: SLURM does it by itself."""
+    run = made(runs, "x", "7")
+    began(run, state=recorded, cause="rank 1 was killed" if recorded == "failed" else None)
+    trained(run, state="stopped", step=12)
+    checkpoint(run, 12)
+    start = BEGAN.astimezone().replace(tzinfo=None)
+    next_start = (start + timedelta(minutes=9)).isoformat()
+    for line, state in (
+        (f"7|COMPLETING|None|n1|{start.isoformat()}", recorded),
+        (f"7|RUNNING|None|n1|{start.isoformat()}", recorded),
+        ("7|PENDING|BeginTime||N/A", "pending"),
+        (f"7|RUNNING|None|n3|{next_start}", "starting"),
+        (f"7|FAILED|None|n3|{start.isoformat()}", recorded),
+    ):
+        squeue(command, line)
+        assert states(capsys)["x"]["state"] == state, line
+    command("squeue", "exit 1")
+    assert states(capsys)["x"]["state"] == recorded
 
 
 def test_broken_folders_cost_one_line(runs: Path, capsys: pytest.CaptureFixture[str], command: Put) -> None:
@@ -624,6 +651,9 @@ class Told:
     def over(self) -> bool:
         return self.ended
 
+    def settled(self) -> bool:
+        return not self.waiting
+
 
 def test_restarts_waits_and_silence_are_told_once(runs: Path) -> None:
     run, job, news = made(runs, "x", "7"), Told(), follow.News(0)
@@ -701,7 +731,9 @@ def test_slurm_that_falls_silent_does_not_end_the_watching(monkeypatch: pytest.M
     assert job.silent_s() == 490
     assert at(600, running) == ("RUNNING", False)
     assert (job.silent_s(), job.waits()) == (0, "")
+    assert not job.settled()
     assert at(610, {}) == ("GONE", False)
+    assert job.settled()
     assert at(617, None) == ("UNKNOWN", False)
     assert at(630, {}) == ("GONE", False)  # counted anew: silence in between tells nothing
     assert at(650, {}) == ("GONE", True)
