@@ -79,7 +79,7 @@ def worker(run: RunDir, attempt: Attempt) -> int:
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     print("here am I", os.getcwd(), os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"])
     fault = orders.get("fail", {})
-    lost = run.path / "lost"
+    lost = attempt.path / "lost"
     if rank == 0:
         return _first(run, attempt, stopping, orders)
     while True:
@@ -135,7 +135,7 @@ def _first(run: RunDir, attempt: Attempt, stopping: stop.StopRequest, orders: di
                 (saved.parent / f"step-{step:08d}").mkdir(exist_ok=True)
                 publish("stopped", reason=stopping.reason)
                 return rundir.EXIT_STOPPED
-            while (run.path / "lost").exists():
+            while (attempt.path / "lost").exists():
                 if not orders.get("hang"):
                     error = {"type": "RuntimeError", "message": "Connection closed by peer", "rank": 0, "step": step}
                     publish("failed", error=error)

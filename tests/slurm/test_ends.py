@@ -170,8 +170,11 @@ def test_R7_a_node_that_dies_costs_a_start_and_leaves_no_zombie(
     first = trainers(run)
     host = read(run.attempt(0).job)["hosts"][1]
     kill_node(environment, host, run)
-    # SLURM asks a node that is silent for SlurmdTimeout (20 s) before it gives it up.
-    assert goes_on(environment, run, job, job_id, 1) == 0
+    # SLURM gives a node up after SlurmdTimeout (20 s). Mostly srun misses its step before that, and ends the others,
+    # which save.
+    from_step = goes_on(environment, run, job, job_id, 1)
+    saved = run.checkpoints / "step"
+    assert from_step == (int(saved.read_text()) if saved.exists() else 0)
     assert not set(first) & set(trainers(run))
     assert host not in read(run.attempt(1).job)["hosts"]
     assert read(run.attempt(1).job)["state"] == "running"
