@@ -440,15 +440,16 @@ def _plan(args: argparse.Namespace) -> None:
         print(json.dumps(plan.as_json(plan.budget(settings, classes, place, samples, assumed)), indent=2))
         return
     try:
-        print(plan.table(settings, classes))
-    except ImportError as error:
-        print(f"no table of layers: {error.name} is not installed here")
-    try:
-        print(f"\n{plan.text(plan.budget(settings, classes, place, samples, assumed))}")
+        takes = plan.text(plan.budget(settings, classes, place, samples, assumed))
     except config.SettingsError as error:  # the batch does not divide
         if args.nodes or args.gpus_per_node or args.cluster:
             raise
-        print(f"\nmemory and time: {error} (8 GPUs are taken; say --nodes N --gpus-per-node N)")
+        takes = f"memory and time: {error} (8 GPUs are taken; say --nodes N --gpus-per-node N)"
+    try:
+        print(f"{plan.table(settings, classes)}\n")
+    except ImportError as error:
+        print(f"no table of layers: {error.name} is not installed here\n")
+    print(takes)
 
 
 def _of_training_set(settings: Any, args: argparse.Namespace) -> tuple[int, int | None]:

@@ -31,6 +31,7 @@ PREFETCH = 50_000_000
 """Elements that ZeRO-3 gathers ahead (prefetch_bucket_size)."""
 CONTEXT = 1_500_000_000
 """Assumed: bytes of the CUDA context, cuBLAS, and NCCL's channels."""
+_ASKED = 4096
 WASTE = 0.05
 """Assumed: share of a GPU that the caching allocator cannot hand out."""
 
@@ -119,7 +120,9 @@ def state(
     else:
         held = sum(partition(group, world) for group in groups)
         weights = (held * world + sum(p.numel for p in frozen)) * size
-        each = (_across(group, world, range(world) if rank is None else [rank]) for group in groups)
+        # Of very many ranks some thousand tell how full the fullest is.
+        ranks = range(0, world, -(-world // _ASKED)) if rank is None else [rank]
+        each = (_across(group, world, ranks) for group in groups)
         gradients = size * max(map(sum, zip(*each, strict=True)), default=0)
         masters, pieces = 4 * held, len(groups)
     counts = 4 * pieces if optim.name == "adamw" else 0

@@ -22,6 +22,7 @@ from vitdist.memory import GB, Estimate, Remedy
 if TYPE_CHECKING:
     from torch import nn
 
+MOST_RANKS = 1_000_000
 CARDS = (24.0, 40.0, 80.0, 141.0)
 """10^9 bytes of usual GPUs: A10 and RTX 4090, A100, A100 and H100, H200."""
 
@@ -232,6 +233,8 @@ def budget(
 
     Raises ValueError for a model that cannot be had, SettingsError for a batch that does not divide over the ranks.
     """
+    if place.world > MOST_RANKS:
+        raise ValueError(f"{place.world:,} ranks: more than {MOST_RANKS:,}; use fewer --nodes")
     net, assumed = network(settings, classes), assumed or Assumed()
     stages = []
     for zero in range(4):
@@ -347,6 +350,7 @@ def _faster(found: Budget, card: float) -> list[str]:
 def _costs(found: Budget) -> list[str]:
     own, told, place, assumed = found.memory, found.cost, found.place, found.assumed
     net, rows = own.net, list[tuple[str, str]]()
+    sends = f"; each GPU sends {_bytes(told.sent)}" if told.sent else ""
     forward, both = _giga(2 * net.macs), _giga(net.flops)
     rows.append(("model", f"{net.total / 1e6:,.4g} M parameters, {net.trained / 1e6:,.4g} M trained"))
     rows.append(
@@ -356,7 +360,7 @@ def _costs(found: Budget) -> list[str]:
             f'{_giga(net.macs)} "GFLOPs" count one',
         )
     )
-    rows.append(("update", f"{_short(told.flops_update / 1e12)} TFLOP; each GPU sends {_bytes(told.sent)}"))
+    rows.append(("update", f"{_short(told.flops_update / 1e12)} TFLOP{sends}"))
     if told.updates is not None and told.flops_run and told.hours is not None and told.gpu_hours is not None:
         rows.append(("run", f"{told.updates:,} updates, {_short(told.flops_run / 1e15)} PFLOP"))
         rows.append(
@@ -366,7 +370,8 @@ def _costs(found: Budget) -> list[str]:
         rows.append(("speed", f"{told.images_s:,.0f} images/s; how long the run is, is not known: --samples N"))
     again = ", recomputation included" if own.checkpointing else ""
     share = f"{assumed.mfu:.0%} of {assumed.tflops:g} TFLOP/s a GPU (--mfu, --tflops){again}"
-    rows.append(("", f"assumed: {share}; without evaluations"))
+    small = "; a model as small as this stays far below" if net.flops < 1e9 else ""
+    rows.append(("", f"assumed: {share}; without evaluations{small}"))
     rows.append(("decoding", _decoding(found)))
     kept = found.settings.checkpoint.keep
     speed = f"{told.save_s:,.1f} s at {assumed.write_gb_s:g} GB/s (assumed: --write-gb-s)"
@@ -407,7 +412,9 @@ def _short(number: float) -> str:
 
 
 def _bytes(number: float) -> str:
-    return f"{number / GB:,.2f} GB" if number >= GB else f"{number / 1e6:,.1f} MB"
+    if number >= GB:
+        return f"{number / GB:,.2f} GB"
+    return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number / 1e3:,.1f} kB"
 
 
 def _hours(hours: float) -> str:

@@ -200,6 +200,7 @@ def test_the_command_tells_everything(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "(1 x 4 GPUs, fp16, batch 16 = 4 x 1 accumulated x 4 ranks)" in shown
     assert "fits: 1." in shown
     assert "of 90: enough" in shown
+    assert "a model as small as this stays far below" in shown
     assert cli.main([*base, "--json", "--nodes", "2", "--gpus-per-node", "2"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["batch"]["world"] == 4
@@ -214,6 +215,8 @@ def test_the_command_tells_everything(tmp_path: Path, capsys: pytest.CaptureFixt
         with pytest.raises(SystemExit):
             cli.main([*base, *odd])
     assert "is not a number above 0" in capsys.readouterr().err
+    assert cli.main([*base, "--nodes", "999999999"]) == 2
+    assert "3,999,999,996 ranks: more than 1,000,000; use fewer --nodes" in capsys.readouterr().err
 
 
 def test_the_budget_needs_no_torch(tmp_path: Path) -> None:
