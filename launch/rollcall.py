@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 JOIN_S = 300.0
 """For the last node to come: prologs and a busy shared file system make minutes of difference."""
+HEAR_S = 1.0
+"""For a caller to say who it is, which a node does at once: a stranger that is silent holds up the others as long."""
 ACK_S = 5.0
 """For the first node to say that it has heard."""
 RETRY_S = 0.1
@@ -70,7 +72,7 @@ def call(
                 continue
             stack.enter_context(caller)
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a stranger, or one that was ended
-                told = _receive(caller, stack.enter_context(caller.makefile("rb")), ACK_S)
+                told = _receive(caller, stack.enter_context(caller.makefile("rb")), HEAR_S)
                 number = int(told["node"])
                 if told["token"] == token and 0 < number < len(hosts):
                     skew = float(told["report"]["now"]) - time.time()

@@ -159,7 +159,7 @@ def test_S8_a_wish_to_stop_is_repeated_for_trainers_that_were_not_ready(run: Run
 def test_S3_a_second_term_ends_it(run: RunDir, start: Callable[..., Any]) -> None:
     controller = start(1, 1, until_asked=True, hang=True)
     until(lambda: read(run.attempt(0).train).get("step", 0) > 0)
-    (run.path / "lost").touch()  # the trainer hangs in a collective
+    (run.attempt(0).path / "lost").touch()  # the trainer hangs in a collective
     controller.terminate()
     until(lambda: "asked to stop" in logs(run))
     controller.terminate()
