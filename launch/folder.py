@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from launch import snapshot
 from launch.sweep import Sweep, write
 from vitdist import config, rundir
 from vitdist.config import Config, SettingsError
@@ -112,6 +111,8 @@ def swept(home: RunDir, sweep: Sweep, parts: Parts) -> Iterator[None]:
 
 def _freeze(run: RunDir, parts: Parts) -> None:
     """The code of this start, the last one's kept beside it."""
+    from launch import snapshot
+
     for path in (run.code, run.patch, run.env):
         if path.exists():
             path.rename(path.with_name(f"{path.stem}-before-attempt-{parts.attempt}{path.suffix}"))

@@ -5,7 +5,7 @@ text = script(plan, home, starts)       # `--dry-run` prints it
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ def script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
 
 
 def _sbatch_script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
-    from submitit.slurm.slurm import _make_sbatch_string
-
     parameters = _parameters(plan, home)
     more = parameters["additional_parameters"]
     if plan.after:
@@ -36,16 +34,32 @@ def _sbatch_script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
         parameters["dependency"] = "afterok:" + ":".join(plan.after)
         more["kill-on-invalid-dep"] = "yes"
     if not plan.points:
-        return _make_sbatch_string(command=_task(home.submitit), folder=home.submitit, **parameters)
+        return sbatch(parameters, _task(home.submitit), home.submitit / "%j")
     # Each point has its pickles and logs in its own folder, whose name ends with the number: %2a in SLURM's words.
     digits = len(plan.points[0][0].name) - len(home.name) - 1
     numbers = [start.number for start in starts]
-    parameters["array_parallelism"] = min(plan.at_once or len(starts), len(starts))
-    if len(numbers) < len(plan.points):
-        more["array"] = f"{sweep.ranges(numbers)}%{parameters['array_parallelism']}"
+    at_once = min(plan.at_once or len(starts), len(starts))
+    more["array"] = f"{sweep.ranges(numbers)}%{at_once}"
     own = f'{shlex.quote(str(home.path))}-"$(printf %0{digits}d "$SLURM_ARRAY_TASK_ID")"/submitit'
-    logs = Path(f"{home.path}-%{digits}a") / "submitit"
-    return _make_sbatch_string(command=_task(own), folder=logs, map_count=len(plan.points), **parameters)
+    return sbatch(parameters, _task(own), Path(f"{home.path}-%{digits}a", "submitit", "%A_%a"))
+
+
+def sbatch(parameters: Mapping[str, Any], command: str, log: Path) -> str:
+    """A script for sbatch: the text that submitit makes of the same keywords, without its import, which is half of a
+    dry run's time. `command`: quoted; `log`: what the names of the node logs begin with, in SLURM's words.
+    """
+    own = ("setup", "srun_args", "additional_parameters", "signal_delay_s", "stderr_to_stdout")
+    flags = {name.replace("_", "-"): value for name, value in parameters.items() if name not in own}
+    flags |= {"signal": f"USR2@{parameters['signal_delay_s']}", "output": f"{log}_0_log.out", "open-mode": "append"}
+    flags |= {"wckey": "submitit"} | parameters["additional_parameters"]
+    lines = [
+        f"#SBATCH --{name}" + ("" if value is True else f"={shlex.quote(str(value))}")
+        for name, value in sorted(flags.items())
+    ]
+    srun = shlex.join(["srun", "--unbuffered", "--output", f"{log}_%t_log.out", *parameters["srun_args"]])
+    setup = ["# setup", *parameters["setup"], ""]
+    run = ["# command", "export SUBMITIT_EXECUTOR=slurm", f"{srun} {command}", ""]
+    return "\n".join(["#!/bin/bash", "", "# Parameters", *lines, "", *setup, *run])
 
 
 def _parameters(plan: Plan, home: RunDir) -> dict[str, Any]:
@@ -67,24 +81,20 @@ def _task(submitit: Path | str) -> str:
 
 
 def _allocation_script(plan: Plan, start: Start) -> str:
-    from submitit.slurm.slurm import _make_sbatch_string
-
     assert plan.allocation
     parameters = _parameters(plan, start.run)
     size = allocations.srun_args(plan.nodes, plan.allocation)
     parameters["srun_args"] = [*parameters["srun_args"], *size]
     command = allocations.task(_task(start.run.submitit))
-    return allocations.script(_make_sbatch_string(command=command, folder=start.run.submitit, **parameters))
+    return allocations.script(sbatch(parameters, command, start.run.submitit / "%j"))
 
 
 def _local_script(plan: Plan, start: Start) -> str:
-    from launch.job import local_port
-
     run = start.run
     lines = [f"# {plan.nodes} simulated nodes of {run.path}", *clusters.setup_lines(run, [])]
     for node in range(plan.nodes):
         devices = ",".join(plan.devices[node * plan.processes :][: plan.processes])
-        port = local_port(run, start.attempt)
+        port = torchrun.port(str(run.path), start.attempt)
         command = torchrun.argv(
             sys.executable, plan.nodes, node, plan.processes, torchrun.LOCAL, port, str(run.path), start.attempt
         )

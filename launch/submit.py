@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import allocation as allocations
-from launch import folder, preflight, slurm, snapshot, sweep, torchrun
+from launch import folder, preflight, slurm, sweep, torchrun
 from launch.folder import Parts
 from launch.planning import DRY_PATIENCE_S, PATIENCE_S, ROOT, Plan, Start, home_of, make_plan
 from launch.preflight import Case, Finding
@@ -279,6 +279,8 @@ def _already(start: Start, follow: bool) -> int | None:
 
 def _goes_on(starts: Sequence[Start], home: RunDir) -> list[Path]:
     """Tell what continues with what; returns the files of the code that are other than at the last start."""
+    from launch import snapshot
+
     new_code: list[Path] = []
     for start in starts:
         if not start.exists:

@@ -13,15 +13,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from launch import status
-from launch.status import Status
 from vitdist import config, rundir
 from vitdist.config import SettingsError
 from vitdist.rundir import RunDir
+
+if TYPE_CHECKING:  # a dry run has no use for it
+    from launch.status import Status
 
 MOST_POINTS = 1000
 """SLURM's MaxArraySize is 1001 unless the site says otherwise."""
@@ -153,13 +154,15 @@ class Row(NamedTuple):
     """A point and what came of it."""
 
     point: Point
-    status: Status
+    status: "Status"
     summary: dict[str, Any]
     """The trainer's figures of the whole run; {} before its end."""
 
 
 def rows(home: RunDir, sweep: Sweep, patience_s: float = 10.0) -> list[Row]:
     """Where each point stands by its folder and by SLURM, in the order of the sweep."""
+    from launch import status
+
     runs = [RunDir(home.path.parent / point.name) for point in sweep.points]
     found, _ = status.read_all(runs, patience_s)
     summaries = [rundir.state(run).get("summary") or {} for run in runs]
@@ -171,6 +174,8 @@ def follow(home: RunDir, tell: Callable[[str], None], every_s: float = 5.0) -> i
 
     Raises SettingsError where `home` is no sweep.
     """
+    from launch import status
+
     sweep = read(home.path)
     if not sweep:
         raise SettingsError(f"{home.path}: is no sweep")

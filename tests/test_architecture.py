@@ -19,7 +19,7 @@ OWNERS = {
     "webdataset": {"vitdist/data/pack.py", "vitdist/data/reader.py", "vitdist/data/stream.py"},
     "fsspec": {"vitdist/data/storage.py"},
     "urllib3": {"vitdist/data/storage.py"},
-    "submitit": {"launch/submit.py", "launch/scripts.py", "launch/cluster.py", "launch/job.py"},
+    "submitit": {"launch/submit.py", "launch/cluster.py", "launch/job.py"},
     "altair": {"vitdist/report.py"},
 }
 ENVIRONMENT = {
