@@ -6,11 +6,15 @@ Rules: 1. the defaults below, 2. the YAML file over them, 3. dotted overrides ov
 What a run really used stands in its folder as `config.yaml`.
 """
 
+import ast
 import difflib
+import inspect
+import itertools
 import math
 import os
 import re
 import stat
+import textwrap
 import types
 import typing
 from collections import Counter
@@ -29,9 +33,8 @@ class SettingsError(ValueError):
 class Section(BaseModel):
     """A group of settings: unknown names are refused, values are never coerced or changed later."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    # Validators are built at the first use, and one for all of Config: 0.1 s of each command else (2026-11-24).
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True, allow_inf_nan=False)
 
 
 def _idle(section: Section, names: Iterable[str], needs: str) -> None:
@@ -448,12 +451,12 @@ class Config(Section):
     data: Data
     model: Model
     train: Train
-    loss: Loss = Loss()
-    optim: Optim = Optim()
-    engine: Engine = Engine()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoint = Checkpoint()
-    tracking: Tracking = Tracking()
+    loss: Loss = Field(default_factory=Loss)
+    optim: Optim = Field(default_factory=Optim)
+    engine: Engine = Field(default_factory=Engine)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    tracking: Tracking = Field(default_factory=Tracking)
 
 
 class Pixels(Section):
@@ -871,14 +874,29 @@ def _section_at(kind: type[Section], names: list[str]) -> type[Section] | None:
 def flat(kind: type[Section], prefix: str = "") -> list[tuple[str, str, Any, str]]:
     """(dotted name, type in words, default, explanation) of every setting; a required one has default `...`."""
     rows: list[tuple[str, str, Any, str]] = []
+    explained = _explanations(kind)
     for name, field in kind.model_fields.items():
         inner = _section_of(field.annotation)
         if inner:
             rows += flat(inner, f"{prefix}{name}.")
         else:
             default = ... if field.is_required() else field.default
-            rows.append((prefix + name, _type_in_words(field.annotation), default, field.description or ""))
+            rows.append((prefix + name, _type_in_words(field.annotation), default, explained.get(name, "")))
     return rows
+
+
+def _explanations(kind: type[Section]) -> dict[str, str]:
+    """The text under each field. pydantic can read them too, but does so whenever a class is made."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def _type_in_words(annotation: Any) -> str:
