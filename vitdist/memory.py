@@ -298,8 +298,8 @@ class Estimate:
     precision: str
     autocast: bool
     checkpointing: bool
-    evaluated: int
-    """Samples of one forward pass in evaluation."""
+    evaluated: int | None
+    """Samples of one forward pass in evaluation; None: twice the micro batch."""
     state: State
     buckets: int
     gathered: tuple[int, int]
@@ -374,7 +374,7 @@ class Estimate:
         # The wrapper for half precision without ZeRO makes fp32 gradients of all weights, the others group by group.
         update = 4 * self.net.trained if zero == 0 and size == 2 else self.largest_group * (4 + size) if zero else 0
         forward = self.saved.image * micro + self.saved.fixed + self.saved.work * micro + self._images(micro)
-        evaluated = self.evaluated * micro // self.batch.micro_batch or 1
+        evaluated = self.evaluated or 2 * micro
         return {
             "forward and backward": always + whole + passing + carried + forward,
             "reducing gradients": always + kept + passing + reduced + sent,
@@ -415,7 +415,7 @@ def estimate(
         precision=precision,
         autocast=engine.autocast,
         checkpointing=settings.model.gradient_checkpointing,
-        evaluated=settings.evaluation.batch or 2 * batch.micro_batch,
+        evaluated=settings.evaluation.batch,
         state=state(net, engine.zero, world, precision, settings.optim, engine.autocast),
         buckets=buckets(net, engine.zero, precision, engine.autocast),
         gathered=gathered(net, world, precision, engine.autocast) if engine.zero == 3 else (0, 0),

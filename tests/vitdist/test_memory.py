@@ -224,6 +224,14 @@ def test_more_sharding_and_recomputation_never_need_more_between_updates() -> No
     assert again.parts["activations"] < held[2].parts["activations"] / 10
 
 
+def test_evaluation_may_be_the_fullest_moment() -> None:
+    assert memory.estimate(large(), 1000, 64).moment == "forward and backward"
+    found = memory.estimate(large("evaluation.batch=8192"), 1000, 64)
+    assert found.moment == "evaluation"
+    assert found.peak > 8192 * found.net.tokens * 10 * 1024 * 2
+    assert found.largest(40) == 0
+
+
 def test_precision_is_that_of_a_gpu_unless_told() -> None:
     assert memory.estimate(large(), 10, 1).precision == "fp16"
     assert memory.estimate(large("engine.precision=bf16"), 10, 1).precision == "bf16"

@@ -101,6 +101,14 @@ def test_mae_and_what_a_configuration_leaves_out(tmp_path: Path) -> None:
         same(Model(pretrained=str(tmp_path), image_size=224 if family != "dinov2" else 518))
 
 
+def test_an_id_that_was_fetched_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path, "dinov2")
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda source, name: f"{path}/{name}" if source == "a/b" else None
+    )
+    assert shapes.network(Model(pretrained="a/b", image_size=32), 7).family == "dinov2"
+
+
 FILES: dict[str, Any] = {
     "vit": lambda: VisionTransformer(**SMALL),
     "mean": lambda: VisionTransformer(**SMALL, global_pool="avg"),
