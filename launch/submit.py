@@ -104,6 +104,12 @@ def _say(text: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        """With every setting, whose explanations are read from the source for it."""
+        settings = f"settings (section.name=value overrides the file):\n{config.describe(Config)}"
+        self.epilog = settings.replace("%", "%%")  # argparse reads % as a format
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         _say(f"error: {message}; see --help")
         raise SystemExit(rundir.EXIT_REFUSED)
@@ -115,8 +121,6 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        # argparse reads % as a format
-        epilog=f"settings (section.name=value overrides the file):\n{config.describe(Config)}".replace("%", "%%"),
     )
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings over those of the file")
     recipes = "what to train (default: configs/vit_large.yaml; configs/demo.yaml without SLURM and GPU)"
