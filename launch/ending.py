@@ -47,6 +47,9 @@ def stop(run: RunDir, say: Say, listen_s: float = LISTEN_S) -> Status:
     folder, found = _found(run)
     if found.state not in LIVE:
         return found
+    if folder.inside:
+        _stop_inside(folder, say)
+        return found
     if folder.job_id is None:
         _stop_here(folder, say)
         return found
@@ -81,6 +84,12 @@ def cancel(run: RunDir, say: Say) -> Status:
     """End a run at once; returns the state that it was found in. Raises SettingsError as `stop` does."""
     folder, found = _found(run)
     if found.state not in LIVE:
+        return found
+    if folder.inside:
+        srun = _srun(folder)
+        _wish(run, checkpoint=False)
+        _send(srun, signal.SIGTERM)
+        say(f"the step of {run.name} in allocation {folder.job_id} is ended; the allocation stays")
         return found
     _wish(run, checkpoint=False)
     if folder.job_id:
@@ -159,6 +168,33 @@ def _listening(run: RunDir, patience_s: float) -> bool:
         if time.monotonic() > deadline or job.get("state") in status.FINAL:
             return False
         time.sleep(POLL_S)
+
+
+# ---- inside of an allocation ---------------------------------------------------------------------
+
+
+def _stop_inside(folder: Folder, say: Say) -> None:
+    srun = _srun(folder)
+    _wish(folder.run, checkpoint=True)
+    _send(srun, signal.SIGUSR2)  # which it passes on to all nodes of the step
+    say(f"the step of {folder.run.name} in allocation {folder.job_id} is asked to save and to end")
+
+
+def _srun(folder: Folder) -> int:
+    """The process that holds a run's step: scancel would reach all else in the allocation. Raises SettingsError."""
+    submitit = os.fsencode(folder.run.submitit)
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            argv = path.read_bytes().split(b"\0")
+        except OSError:  # it ended meanwhile
+            continue
+        if os.path.basename(argv[0]) == b"srun" and any(submitit in each for each in argv):
+            found.append(int(path.parent.name))
+    if not found:
+        where = f"inside of allocation {folder.job_id}, from a shell of another machine"
+        raise SettingsError(f"{folder.run.name} runs {where}: press Ctrl-C there")
+    return min(found)  # srun has a child that looks the same
 
 
 # ---- without SLURM -------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ class Folder:
     """Unix seconds: when it was last sent off."""
     job_id: str | None = None
     """Of its newest job in SLURM; None for one that runs on this machine."""
+    inside: bool = False
+    """Whether that job is an allocation (`salloc`) which the run took, and which is not its own to end."""
     attempt: Attempt | None = None
     job: Mapping[str, Any] = field(default_factory=dict)
     """The launcher's record of the newest attempt."""
@@ -106,10 +108,13 @@ def look(run: RunDir) -> Folder:
         job_id = slurm.job_of(run)
         if job.get("scheduler") == "local" or (attempt and not job and train):  # it went on on a machine without SLURM
             job_id = job_id if job_id and _changed(run.path / "slurm_job") > _seconds(job, train) else None
+        other = str(job.get("job_id")) if job.get("scheduler") == "slurm" else job_id
+        inside = other != job_id and _seconds(job) > _changed(run.path / "slurm_job")
         folder = Folder(
             run=run,
             submitted=submitted,
-            job_id=job_id,
+            job_id=other if inside else job_id,
+            inside=inside,
             attempt=attempt,
             job=job,
             train=train,
@@ -272,7 +277,8 @@ def judge(folder: Folder, queue: Mapping[str, slurm.Job] | None, now: datetime) 
         eta_s = max(0.0, eta_s - max(0.0, now.timestamp() - row["time"]))
     rate = row.get("perf/images_per_s") if state in ("running", "stopping") else None
     note, remedy = _note(folder, state, known, now)
-    where = known.nodes if known and known.nodes else compressed(folder.job.get("hosts") or ())
+    own = folder.inside or not (known and known.nodes)
+    where = compressed(folder.job.get("hosts") or ()) if own or not known else known.nodes
     is_pending = state == "pending"
     return Status(
         name=name,
@@ -318,7 +324,8 @@ def _of_slurm(folder: Folder, known: slurm.Job | None, silent: bool) -> str:
         return "stopped"
     if known is None:
         return "cancelled" if folder.stop else "gone"
-    return "cancelled" if known.state == "CANCELLED" else "failed"
+    asked = folder.stop.get("checkpoint") is False  # of a step in an allocation, which ended well itself
+    return "cancelled" if known.state == "CANCELLED" or asked else "failed"
 
 
 def _final(folder: Folder, recorded: str | None) -> str:

@@ -863,6 +863,31 @@ def test_stop_writes_its_wish_before_it_signals_and_waits_until_all_nodes_hear(
     assert states(capsys)["x"]["state"] == "stopping"
 
 
+def test_a_run_inside_of_an_allocation_is_ended_without_the_allocation(
+    runs: Path, command: Put, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made(runs, "x", "7")  # an earlier start was a job of its own
+    began(run, job="50")
+    trained(run)
+    squeue(command, "50|RUNNING|None|n[1-9]|2026-11-24T10:00:00")
+    command("scancel", f"touch {runs}/called")
+    found = states(capsys)["x"]
+    assert (found["state"], found["job"], found["nodes"]) == ("running", "50", "n[1-2]")
+    code, _, err = told(capsys, "x", "stop")
+    assert (code, "inside of allocation 50, from a shell of another machine: press Ctrl-C there" in err) == (2, True)
+    assert not (run.path / "stop.json").exists()
+    srun = ["srun", "-c", "import time; time.sleep(600)", f"--output={run.submitit}/%j.out"]
+    for asked, number in (("stop", 12), ("cancel", 15)):
+        with subprocess.Popen(srun, executable=sys.executable) as process:
+            code, _, err = told(capsys, "x", asked)
+            assert process.wait(10) == -number
+        assert code == 0
+        assert "in allocation 50" in err
+    assert not (runs / "called").exists()
+    squeue(command, "50|COMPLETED|None|n[1-9]|2026-11-24T10:00:00")
+    assert states(capsys)["x"]["state"] == "cancelled"
+
+
 def test_scancel_that_repeats_its_signal_is_not_waited_for(runs: Path, command: Put) -> None:
     """SLURM 22.05 answers so for a point of a sweep while others still wait; it has been sent by then."""
     command("scancel", "echo 'scancel: Job is in transitional state, retrying' >&2; exec /bin/sleep 600")
