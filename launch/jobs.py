@@ -25,15 +25,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 if __name__ == "__main__":
     # Python put launch/ there, whose files would hide modules of the same names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch import completion, ending, follow, logs, slurm, status, torchrun, why
+from launch import completion, ending, follow, logs, shown, slurm, status, torchrun, why
 from launch.status import LIVE, Status
 from vitdist import console, faults, manifest, rundir
 from vitdist.config import SettingsError
@@ -183,7 +182,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.command is not None and args.run is None:
         raise SettingsError(f"{args.command}: of which run? python launch/jobs.py RUN {args.command}")
     if args.command is not None and args.command not in COMMANDS:
-        raise SettingsError(f"{_shown(args.command)}: no command; {_meant(args.command, COMMANDS)}")
+        raise SettingsError(f"{_quoted(args.command)}: no command; {_meant(args.command, COMMANDS)}")
     wrong = []
     for name, commands in _OF.items():
         if getattr(args, name) not in (None, False, []) and args.command not in commands:
@@ -205,7 +204,7 @@ def _meant(word: str, known: Sequence[str] | dict[str, str], least: float = 0.6)
     return f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(sorted(known)[:10])}"
 
 
-def _shown(text: str) -> str:
+def _quoted(text: str) -> str:
     return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."
 
 
@@ -246,11 +245,11 @@ def find(text: str, runs: Path) -> RunDir | Sweep:
     if begins:
         # A sweep's points begin with its name.
         raise SettingsError(
-            f"{_shown(text)}: which of {', '.join(run.name for run in begins[:6])}{', ...' * (len(begins) > 6)}?"
+            f"{_quoted(text)}: which of {', '.join(run.name for run in begins[:6])}{', ...' * (len(begins) > 6)}?"
         )
     if not there:
-        raise SettingsError(f"{_shown(text)}: no runs in {runs.absolute()}; give their folder with --runs")
-    raise SettingsError(f"{_shown(text)}: no such run in {runs}; {_meant(text, [run.name for run in there], 0.5)}")
+        raise SettingsError(f"{_quoted(text)}: no runs in {runs.absolute()}; give their folder with --runs")
+    raise SettingsError(f"{_quoted(text)}: no such run in {runs}; {_meant(text, [run.name for run in there], 0.5)}")
 
 
 def _at(folder: Path) -> RunDir | Sweep | None:
@@ -316,63 +315,12 @@ def _listed(args: argparse.Namespace, found: list[Status], answered: bool) -> st
     if not found:
         return f"no {'active ' * args.active}runs in {args.runs}"
     width = shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0
-    text = table(found, width, colour=_colour())
+    text = shown.table(found, width, _colour())
     return f"{text}\n{silence}" if silence and args.watch else text
-
-
-def table(found: Sequence[Status], width: int, colour: bool) -> str:
-    """Runs as aligned text, the note cut to `width` columns (0: not); pure."""
-    rows = [("NAME", "STATE", "STEP", "ETA", "IMAGES/S", "NODES", "AGE", "NOTE")]
-    for each in found:
-        rows.append(
-            (
-                faults.one_line(each.name, 100),
-                each.state,
-                _step(each),
-                "" if each.eta_s is None else console.duration(each.eta_s),
-                "" if each.images_per_s is None else f"{each.images_per_s:,.0f}",
-                faults.one_line(each.nodes, 40),
-                status.age(each.age_s),
-                faults.one_line(
-                    f"{each.note}: {each.remedy}" if each.note and each.remedy else each.note or each.remedy
-                ),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(7)]
-    lines = []
-    for number, row in enumerate(rows):
-        cells = [
-            cell.rjust(wide) if 2 <= column <= 4 else cell.ljust(wide)
-            for column, (cell, wide) in enumerate(zip(row[:7], widths, strict=True))
-        ]
-        note = row[7]
-        room = width - sum(widths) - 2 * 7
-        if width and len(note) > room:
-            note = f"{note[: max(0, room - 1)]}…" if room > 8 else ""
-        if colour and number:
-            cells[1] = f"\033[{_COLOURS.get(row[1], '0')}m{cells[1]}\033[0m"
-        elif colour:
-            cells, note = [f"\033[2m{cells[0]}", *cells[1:]], f"{note}\033[0m"
-        lines.append("  ".join([*cells, note]).rstrip())
-    return "\n".join(lines)
-
-
-_COLOURS = {
-    **dict.fromkeys(("done", "running"), "32"),
-    **dict.fromkeys(("pending", "starting", "stopping", "suspended"), "33"),
-    **dict.fromkeys(("failed", "refused", "gone", "unreadable"), "31"),
-    "UNKNOWN": "35",
-}
 
 
 def _colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def _step(each: Status) -> str:
-    if each.step is None:
-        return ""
-    return f"{each.step}/{each.total}" if each.total else str(each.step)
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -382,7 +330,10 @@ def _details(args: argparse.Namespace, run: RunDir) -> str:
     folder, found = status.read_one(run, PATIENCE_S)
     checkpoints = [] if folder.broken else list(manifest.entries(run, thorough=False))
     whole = next((entry.step for entry in checkpoints if entry.fault is None), None)
-    attempts = [] if folder.broken else [_attempt(attempt) for attempt in run.attempts()]
+    attempts = [] if folder.broken else [shown.start(attempt) for attempt in run.attempts()]
+    for each in attempts:
+        if each["state"] == "running" and (each is not attempts[-1] or found.state not in (*LIVE, "UNKNOWN")):
+            each["state"] = "cut off"  # by a node's end, or a signal that leaves no time for a record
     next_steps = _next(args, run, found, whole)
     if args.json:
         about = dataclasses.asdict(found) | {
@@ -394,8 +345,8 @@ def _details(args: argparse.Namespace, run: RunDir) -> str:
         return json.dumps(about, indent=1, ensure_ascii=False)
     state = found.state
     if _colour():
-        state = f"\033[{_COLOURS.get(state, '0')}m{state}\033[0m"
-    figures = [f"step {_step(found)}" if found.step is not None else ""]
+        state = f"\033[{shown.COLOURS.get(state, '0')}m{state}\033[0m"
+    figures = [f"step {shown.step(found)}" if found.step is not None else ""]
     figures += [f"{found.images_per_s:,.0f} images/s" if found.images_per_s is not None else ""]
     figures += [f"loss {found.loss:.4f}" if found.loss is not None and found.state in LIVE else ""]
     figures += [f"ETA {console.duration(found.eta_s)}" if found.eta_s is not None else "", found.note]
@@ -404,7 +355,7 @@ def _details(args: argparse.Namespace, run: RunDir) -> str:
     lines += [f"folder       {run.path}"]
     lines += [f"{'job' if folder.job_id else 'process':<13}{about_job}"] if about_job else []
     for number, each in enumerate(attempts):
-        lines.append(f"{'' if number else 'starts':<13}{_attempt_line(each)}")
+        lines.append(f"{'' if number else 'starts':<13}{shown.attempt_line(each)}")
     for number, entry in enumerate(checkpoints):
         lines.append(f"{'' if number else 'checkpoints':<13}{manifest.line(entry, best=False, verified=False)}")
     if not checkpoints and attempts:
@@ -413,46 +364,6 @@ def _details(args: argparse.Namespace, run: RunDir) -> str:
         lines.append(f"{'what to do':<13}{found.remedy}")
     lines += [f"{'' if number else 'next':<13}{text}" for number, text in enumerate(next_steps)]
     return "\n".join(lines)
-
-
-def _attempt(attempt: Attempt) -> dict[str, Any]:
-    """One start, as JSON has it."""
-    about: dict[str, Any] = {"number": attempt.number}
-    try:
-        launched, trained = rundir.read_json(attempt.job) or {}, rundir.read_json(attempt.train) or {}
-        state = launched.get("state") or trained.get("state") or "not begun"
-        cause = launched.get("cause") or (trained.get("reason") if state != "done" else None)
-        about |= {
-            "state": state,
-            "job": launched.get("job_id"),
-            "hosts": status.compressed(launched.get("hosts") or ()),
-            "started": launched.get("started") or trained.get("started"),
-            "ended": launched.get("ended") or trained.get("ended"),
-            "began_at": trained.get("resumed_from") or 0,
-            "step": trained.get("step"),
-            "cause": faults.one_line(why.split(str(cause))[0], 300) if cause else None,
-            "decision": launched.get("decision"),
-        }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        about |= {"state": "unreadable", "cause": faults.one_line(str(error), 200)}
-    return about
-
-
-def _attempt_line(about: dict[str, Any]) -> str:
-    parts = [str(about["number"])]
-    if about.get("job"):
-        parts.append(f"job {about['job']}" + (f" on {about['hosts']}" if about["hosts"] else ""))
-    if about.get("started"):
-        parts.append(f"{_local(about['started'])} to {_local(about['ended'])[-5:] if about.get('ended') else 'now'}")
-    state = about["state"]
-    if about.get("step") is not None:
-        state += f" at step {about['step']}" if about["state"] != "running" else f" from step {about['began_at']}"
-    told = [text for text in (about.get("cause"), about.get("decision")) if text]
-    return "  ".join(parts) + f"  {state}" + (f": {'; '.join(told)}" if told else "")
-
-
-def _local(time_: str) -> str:
-    return f"{datetime.fromisoformat(time_).astimezone():%m-%d %H:%M}"
 
 
 def _next(args: argparse.Namespace, run: RunDir, found: Status, whole: int | None) -> list[str]:
@@ -511,12 +422,12 @@ def _why(args: argparse.Namespace, run: RunDir) -> int:
         about = {"run": dataclasses.asdict(found), "attempt": dataclasses.asdict(explained) if explained else None}
         print(json.dumps(about, indent=1, ensure_ascii=False))
         return 0
-    at = f" at step {_step(found)}" if found.step is not None else ""
+    at = f" at step {shown.step(found)}" if found.step is not None else ""
     words = {"done": "done, and well", "running": "running, and well", "UNKNOWN": "not known"}
     print(f"{run.name}: {words.get(found.state, found.state)}{at}" + (f"; {found.note}" if found.note else ""))
     if attempt and explained:
         if args.attempt is not None or explained.state != found.state:
-            print(f"{'start':<12}{_attempt_line(_attempt(attempt) | {'cause': None, 'decision': None})}")
+            print(f"{'start':<12}{shown.attempt_line(shown.start(attempt) | {'cause': None, 'decision': None})}")
         for line in why.lines(explained):
             print(line)
     if args.attempt is None:
@@ -533,7 +444,7 @@ def _earlier(run: RunDir, newest: Attempt | None) -> list[str]:
     found = []
     for attempt in run.attempts():
         if newest and attempt.number < newest.number:
-            found.append(_attempt_line(_attempt(attempt)))
+            found.append(shown.attempt_line(shown.start(attempt)))
     return found[-5:]
 
 
@@ -557,7 +468,7 @@ def _logs(args: argparse.Namespace, run: RunDir) -> int:
     elif rank.isascii() and rank.isdecimal() and len(rank) < 10:
         chosen = int(rank)
     else:
-        raise SettingsError(f"--rank {_shown(rank)}: a number from 0, or all")
+        raise SettingsError(f"--rank {_quoted(rank)}: a number from 0, or all")
     choice = logs.Choice(chosen, args.node, args.attempt, args.lines)
     if not args.f:
         logs.show(run, choice, sys.stdout.buffer)
@@ -612,7 +523,7 @@ def _stop(args: argparse.Namespace, runs: Sequence[RunDir]) -> int:
             return follow.EXIT_LEFT
         whole = ending.kept(run)
         goes_on = f"{_command(args, run)} resume goes on from " + (f"step {whole}" if whole else "the beginning")
-        at = f" at step {_step(found)}" if found.step is not None else ""
+        at = f" at step {shown.step(found)}" if found.step is not None else ""
         print(f"{run.name} is {found.state}{at}" + (f"; {goes_on}" if found.state != "done" else ""))
         if found.state not in ("stopped", "done"):
             _say(f"{run.name}: {found.note or 'it ended without saving'}")
@@ -631,7 +542,7 @@ def _cancel(args: argparse.Namespace, runs: Sequence[RunDir]) -> int:
         if found.state == "pending" and whole is None:
             keeps = "it has not begun"
         if found.state in LIVE and not args.yes and sys.stdin.isatty():
-            at = f" at step {_step(found)}" if found.step is not None else ""
+            at = f" at step {shown.step(found)}" if found.step is not None else ""
             if not _confirmed(f"cancel {run.name}, {found.state}{at}? {keeps} (`stop` saves first) [y/N] "):
                 print("nothing was changed")
                 return rundir.EXIT_REFUSED

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch import completion, ending, follow, jobs, logs, pending, slurm, status, submit
+from launch import completion, ending, follow, jobs, logs, pending, shown, slurm, status, submit
 from vitdist import faults, manifest, rundir
 from vitdist.config import SettingsError
 from vitdist.faults import Fault
@@ -334,14 +334,14 @@ def test_a_terminal_gets_colours_and_lines_that_fit() -> None:
     other = status.Status(
         "b", "/r/b", "running", step=5, total=10, eta_s=3700.0, images_per_s=1234.0, nodes="node[1-4]"
     )
-    text = jobs.table([one, other], 80, colour=True)
+    text = shown.table([one, other], 80, colour=True)
     assert "\033[31mfailed" in text
     assert "\033[32mrunning" in text
-    plain = jobs.table([one, other], 80, colour=False)
+    plain = shown.table([one, other], 80, colour=False)
     assert max(map(len, plain.splitlines())) <= 80
     assert "5/10" in plain
     assert "1:01:40" in plain
-    assert max(map(len, jobs.table([one], 0, colour=False).splitlines())) > 200
+    assert max(map(len, shown.table([one], 0, colour=False).splitlines())) > 200
 
 
 def test_watch_ends_with_ctrl_c(
@@ -444,6 +444,10 @@ def test_the_details_name_starts_checkpoints_and_what_to_do(
     assert "requeued at step 12: SIGUSR2; its time limit" in out
     assert "DAMAGED: rank-0.safetensors has 3 bytes instead of 7" in out
     assert "python launch/jobs.py x resume  # goes on from step 12" in out
+    began(run, 1)  # killed without a word
+    assert "12:00 to ?" not in out
+    assert "to ?  cut off" in told(capsys, "x")[1]
+    began(run, 1, state="failed", cause="n2: 7 of 8 GPUs")
     code, out, _ = told(capsys, "x", "--json")
     about = json.loads(out)
     assert (about["goes_on_from"], [each["state"] for each in about["attempts"]]) == (12, ["requeued", "failed"])
