@@ -133,7 +133,7 @@ _OF: dict[str, tuple[str | None, ...]] = {
     "yes": ("cancel", "resume"),
     "nodes": ("resume",),
     "time": ("resume",),
-    "follow": ("resume",),
+    "follow": ("logs", "resume"),
     "overrides": ("resume",),
 }
 
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--yes", action="store_true", help="cancel, resume: ask nothing")
     parser.add_argument("--nodes", type=int, metavar="N", help="resume: on so many nodes")
     parser.add_argument("--time", metavar="T", help="resume: limit of one start")
-    parser.add_argument("--follow", action="store_true", help="resume: show progress until the end")
+    parser.add_argument("--follow", action="store_true", help="resume: show progress until the end; logs: as -f")
     shells = f"print a script that completes commands, options, runs and settings: {', '.join(completion.SHELLS)}"
     parser.add_argument("--completion", choices=completion.SHELLS, help=shells)
     return parser
@@ -470,7 +470,7 @@ def _logs(args: argparse.Namespace, run: RunDir) -> int:
     else:
         raise SettingsError(f"--rank {_quoted(rank)}: a number from 0, or all")
     choice = logs.Choice(chosen, args.node, args.attempt, args.lines)
-    if not args.f:
+    if not (args.f or args.follow):
         logs.show(run, choice, sys.stdout.buffer)
         return 0
     if args.attempt is not None:
