@@ -178,6 +178,7 @@ class Node:
                 "cause": cause,
                 "start": dataclasses.asdict(decision.of) if decision and decision.of else None,
                 "decision": decision.why if decision else None,
+                "again": decision.again if decision else None,
                 "exclude": list(decision.exclude) if decision else [],
             },
         )

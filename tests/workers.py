@@ -539,3 +539,9 @@ def fp16_norms(changes: dict[str, Any], count: int) -> list[tuple[float, float]]
     with dist.processes(1) as me:
         engine, batch, _ = build(s, me)
         return [(update(engine, s, batch, me), engine.grad_norm) for _ in range(count)]
+
+
+def bus() -> float | None:
+    """The speed of an all-reduce."""
+    with dist.processes(1) as me:
+        return dist.bus_bandwidth(me)

@@ -5,8 +5,10 @@ torchrun says the rank and world in the environment; a process started without i
 gloo, also on a GPU, so that they never wait for queued kernels.
 """
 
+import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +122,29 @@ def processes(threads: int | None = None, timeout_s: float = TIMEOUT_S) -> Itera
         )
     finally:
         torch.distributed.destroy_process_group()
+
+
+def bus_bandwidth(me: Processes) -> float | None:
+    """Speed of an all-reduce over all ranks, in 10^9 bytes a second; None for a single one. All ranks must call it.
+
+    Bus bandwidth as nccl-tests defines it, 2 (n - 1) / n times bytes by seconds, which a ring reaches whatever the
+    number of ranks n. The best of three rounds, after one that makes the connections.
+    """
+    if me.world == 1:
+        return None
+    gpu = me.device.type == "cuda"
+    data = torch.ones((64 if gpu else 4) << 18, device=me.device)  # MiB of float32
+    best = math.inf
+    for round_ in range(4):
+        me.barrier()
+        began = time.perf_counter()
+        torch.distributed.all_reduce(data)
+        if gpu:
+            torch.cuda.synchronize()
+        if round_:
+            best = min(best, time.perf_counter() - began)
+    size = data.numel() * data.element_size()
+    return 2 * (me.world - 1) / me.world * size / me.gather(best)[0] / 1e9
 
 
 def bound_all_groups(timeout_s: float) -> None:

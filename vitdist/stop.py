@@ -6,8 +6,11 @@ leaves with `rundir.EXIT_STOPPED`. `install` is called before the slow imports, 
 that comes while they run is not lost.
 """
 
+import ctypes
 import signal
 from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -31,6 +34,14 @@ def install() -> StopRequest:
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request._ask)
     return request
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when the thread that started it ends, torchrun's main one.
+
+    A trainer that outlives a killed torchrun holds its GPU, and the run's lock, against the next start.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def ignore_in_child() -> None:

@@ -52,6 +52,12 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
 LONG = 3
 
 Result = TypeVar("Result")
+SLOW_LINK = 2.0
+"""GB/s of an all-reduce between GPUs; ethernet of 25 Gbit/s reaches 3, InfiniBand and NVLink 20 to 400."""
+_LINK = (
+    "has NCCL found InfiniBand? NCCL_DEBUG=INFO in slurm/env.sh tells, network_interface and infiniband of the "
+    "profile choose"
+)
 _REMEDY = "the run diverged; lower optim.lr, lengthen optim.warmup or set optim.clip"
 
 
@@ -814,7 +820,7 @@ def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", pas
     """Record what runs, tell it in a few lines, and begin W&B. Raises ValueError for what cannot be gone on with."""
     import torch
 
-    from vitdist import model
+    from vitdist import dist, model
 
     s.progress("starting", long=True)
     changed = changes.between(resumed.manifest.settings, config.to_plain(s.given)) if resumed else []
@@ -863,6 +869,12 @@ def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", pas
         fed = supply.check(s.training.samples_of(), s.meter.flops_per_image, s.me.device, s.engine.dtype, cores)
         about["supply"] = fed._asdict()
         s.journal.say(fed.text())
+    speed = dist.bus_bandwidth(s.me)
+    if speed is not None:
+        about["all_reduce_gb_per_s"] = speed
+        s.journal.say(f"all-reduce over {s.me.world} ranks: {speed:.3g} GB/s")
+        if s.me.device.type == "cuda" and speed < SLOW_LINK:
+            s.journal.warn("slow_network", f"all-reduce at {speed:.2g} GB/s: {_LINK}")
     step = s.engine.steps
     s.journal.record(**about, total_steps=s.total, step=step, resumed_from=resumed.step if resumed else None)
     for text in passed_over:
@@ -927,6 +939,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)  # options may stand between overrides
     stopping = stop.install()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop.end_with_parent()
     rank, node = int(os.environ.get("RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
     made: list[RunDir] = []
     try:
