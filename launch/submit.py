@@ -26,6 +26,8 @@ from typing import NoReturn
 if __name__ == "__main__":
     # Python put launch/ there, whose files would hide modules of the same names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # pydantic would look through every installed package for plugins, a tenth of a dry run.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 from launch import allocation as allocations
 from launch import folder, preflight, slurm, sweep, torchrun

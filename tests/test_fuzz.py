@@ -334,7 +334,7 @@ SLURM = slurm.Slurm({"gpu": [slurm.Nodes(4, 96, 8, 2880)], "cpu": [slurm.Nodes(9
 
 
 class Executor:
-    """submitit's executors: takes what is handed over."""
+    """submitit's executor of this machine: takes what is handed over."""
 
     def __init__(self, folder: Path, **_: object) -> None:
         self.folder = Path(folder)
@@ -384,7 +384,8 @@ def edges(number: int) -> Iterator[None]:
         patch.setattr(preflight, "fetch", lambda *_, **__: [])
         patch.setattr(snapshot, "take", take)
         patch.setattr(snapshot, "changed", lambda *_: [])
-        patch.setattr(submitit, "SlurmExecutor", Executor)
+        patch.setattr(launch_submit, "_sbatch", lambda _: "4711")
+        patch.setattr(slurm, "test_only", lambda *_: (None, "silent"))
         patch.setattr(submitit, "LocalExecutor", Executor)
         patch.setattr(follow, "follow", lambda *_, **__: 0)
         patch.setattr(slurm, "state", lambda _: "GONE")

@@ -452,12 +452,13 @@ class Config(Section):
     data: Data
     model: Model
     train: Train
-    loss: Loss = Field(default_factory=Loss)
-    optim: Optim = Field(default_factory=Optim)
-    engine: Engine = Field(default_factory=Engine)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    tracking: Tracking = Field(default_factory=Tracking)
+    # {} and not a factory, which would build a validator of its own for each section
+    loss: Loss = Field(default={}, validate_default=True)
+    optim: Optim = Field(default={}, validate_default=True)
+    engine: Engine = Field(default={}, validate_default=True)
+    evaluation: Evaluation = Field(default={}, validate_default=True)
+    checkpoint: Checkpoint = Field(default={}, validate_default=True)
+    tracking: Tracking = Field(default={}, validate_default=True)
 
 
 class Pixels(Section):
