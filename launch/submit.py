@@ -11,6 +11,7 @@ Settings -> preflight -> run folder -> SLURM. Nothing is made before all that ca
 
 import argparse
 import contextlib
+import gc
 import os
 import shlex
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 if __name__ == "__main__":
+    gc.disable()  # imports make no garbage, and looking for it takes a tenth of their time
     # Python put launch/ there, whose files would hide modules of the same names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     # pydantic would look through every installed package for plugins, a tenth of a dry run.
@@ -646,4 +648,6 @@ def _deaf_children() -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     sys.exit(main())
