@@ -75,7 +75,7 @@ def _submit(args: argparse.Namespace, given: list[str], launcher: str) -> int:
     starts = _starts(home, plan)
     skip = preflight.skipped(args.skip)
     if not (args.dry_run or args.test_only):
-        starts, code = _not_already(home, starts, args.follow)
+        starts, code = _not_already(home, starts, args.follow, args.yes)
         if not starts:
             return code
     for note in plan.notes:
@@ -247,11 +247,16 @@ def _refused(findings: Sequence[Sequence[Finding]], starts: Sequence[Start]) -> 
     return any(finding.level == "refuse" for its in findings for finding in its)
 
 
-def _not_already(home: RunDir, starts: Sequence[Start], follow: bool) -> tuple[list[Start], int]:
+def _not_already(home: RunDir, starts: Sequence[Start], follow: bool, sure: bool) -> tuple[list[Start], int]:
     """The starts of runs that are neither done nor still going, and the exit code if there are none."""
+    if follow and sweep.read(home.path):
+        going = [job for job in (_queued(start.run) for start in starts if start.exists) if job]
+        if going:
+            _say(f"{home.path} is job {going[0][0].split('_')[0]} already")
+            return [], _follow_sweep(home, going[0][0].split("_")[0])
     left = []
     for start in starts:
-        if start.exists and (code := _already(start, follow)) is not None:
+        if start.exists and (code := _already(start, follow, sure)) is not None:
             if len(starts) == 1:
                 return [], code
             continue
@@ -261,28 +266,43 @@ def _not_already(home: RunDir, starts: Sequence[Start], follow: bool) -> tuple[l
     return left, rundir.EXIT_DONE
 
 
-def _already(start: Start, follow: bool) -> int | None:
+def _already(start: Start, follow: bool, sure: bool) -> int | None:
     """The exit code if the run is done or still going; None if it can be continued."""
     run = start.run
     if rundir.state(run)["state"] == "done" and not changes.longer(start.changed):
         _say(f"{run.path} is done; its report is {run.report}")
         return rundir.EXIT_DONE
-    job_id = slurm.job_of(run)
-    if job_id:
-        from launch.follow import QUEUED
-
-        state = slurm.state(job_id)
-        if state.split(" ")[0] in QUEUED:
-            if follow:
-                _say(f"{run.path} is job {job_id} already: {state}")
-                return _follow_slurm(run, job_id, max(0, run.next_attempt() - 1))
-            way_out = f"add --follow to watch it, or first scancel {job_id}"
-            raise SettingsError(f"{run.path} is job {job_id} already, {state}: {way_out}")
+    if job := _queued(run):
+        job_id, state = job
+        if follow:
+            _say(f"{run.path} is job {job_id} already: {state}")
+            return _follow_slurm(run, job_id, max(0, run.next_attempt() - 1))
+        way_out = f"add --follow to watch it, or first scancel {job_id}"
+        raise SettingsError(f"{run.path} is job {job_id} already, {state}: {way_out}")
+    if not sure and _unknown(run):
+        what = f"SLURM does not answer, so job {slurm.job_of(run)} of {run.path} may still run"
+        raise SettingsError(f"{what}: try again later; --yes goes on all the same")
     try:
         with rundir.only_writer(run):
             return None
     except BlockingIOError:
         raise SettingsError(f"{run.path} is being trained by another process; wait for it or stop it first") from None
+
+
+def _queued(run: RunDir) -> tuple[str, str] | None:
+    """The job of a run that waits or runs, and its state in SLURM's words."""
+    from launch.follow import QUEUED
+
+    job_id = slurm.job_of(run)
+    state = slurm.state(job_id) if job_id else "GONE"
+    return (job_id, state) if job_id and state.split(" ")[0] in QUEUED else None
+
+
+def _unknown(run: RunDir) -> bool:
+    """Whether its job may still be there: its records tell of no end, and SLURM is silent, which is not gone."""
+    from launch import status
+
+    return slurm.job_of(run) is not None and status.read_one(run, PATIENCE_S)[1].state == "UNKNOWN"
 
 
 def _goes_on(starts: Sequence[Start], home: RunDir) -> list[Path]:

@@ -38,7 +38,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "vitdist/new.py").write_text("new\n")
     (root / "vitdist/x.ignored").write_text("ignored\n")
     (root / "vitdist/large.py").write_bytes(b"#" * 1_000_001)
-    for secret in (".env", "slurm/.env", "slurm/.tracked-secret", "configs/id.pem"):
+    for secret in (".env", "slurm/.env", "slurm/.tracked-secret", "slurm/prod.env", "configs/id.pem"):
         (root / secret).write_text("API_KEY=secret-key\n")
     outside = tmp_path / "outside.txt"
     outside.write_text("secret outside\n")
@@ -121,3 +121,25 @@ def test_without_git_the_folders_are_walked(tmp_path: Path) -> None:
     assert [str(path) for path in snapshot.files(root)] == ["pyproject.toml", "vitdist/train.py"]
     assert run.patch.read_text() == ""
     assert json.loads(run.env.read_text())["commit"] is None
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_point_of_a_sweep_has_the_same_code(links: bool, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored once where there are links; a file system without them gets copies."""
+    if not links:
+        monkeypatch.setattr(snapshot.os, "link", refuse)
+    home, point = RunDir(checkout.parent / "s"), RunDir(checkout.parent / "s-00")
+    snapshot.take(checkout, home, ["x"])
+    (home.code / "launch" / "__pycache__").mkdir()
+    snapshot.share(home, point)
+    assert sorted(str(path.relative_to(point.code)) for path in point.code.rglob("*.*")) == EXPECTED
+    for mine, its in ((home.patch, point.patch), (home.env, point.env), (home.code, point.code)):
+        inside = "slurm/run.sh" if mine.is_dir() else ""
+        assert (mine / inside).samefile(its / inside) == links
+        assert (mine / inside).read_bytes() == (its / inside).read_bytes()
+    assert (point.code / "slurm/run.sh").stat().st_mode & 0o111
+    assert not snapshot.changed(checkout, point.code)
+
+
+def refuse(*_: object) -> None:
+    raise OSError(1, "Operation not permitted")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import planning, scripts
+from launch import planning, scripts, snapshot
 from launch import submit as launch_submit
 from launch.cluster import Cluster, submitit_parameters
 from tests.launch.conftest import ROOT, SUBMIT, submit
@@ -513,6 +513,16 @@ def test_L3_a_job_that_is_queued_is_not_submitted_twice(
     assert "exists with the same settings: continues at attempt 0" in err
 
 
+def test_L3_a_silent_slurm_may_still_have_the_job(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--config", "tiny.yaml", "--name", "x")
+    assert in_process(capsys, *arguments)[0] == 0
+    slurm("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    code, _, err = in_process(capsys, *arguments)
+    assert code == 2
+    assert f"SLURM does not answer, so job 4711 of {place}/runs/x may still run: try again later" in err
+    assert in_process(capsys, *arguments, "--yes")[0] == 0
+
+
 def test_L2_a_failed_continuation_leaves_the_run_as_it_was(
     slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -926,7 +936,7 @@ def test_L4_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "a", None, "runs/x/code/a")
 
-    monkeypatch.setattr(launch_submit.snapshot, "take", full)
+    monkeypatch.setattr(snapshot, "take", full)
     assert launch_submit.main(["--config", "tiny.yaml", "--name", "x"]) == 2
     assert "runs/x/code/a: No space left on device; nothing was submitted" in capsys.readouterr().err
     assert not (place / "runs").exists()
