@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import read, slurm, submit_stand_in, told, until
+from tests.slurm.conftest import read, slurm, start_now, submit_stand_in, told, until
 from vitdist.rundir import RunDir
 
 pytestmark = pytest.mark.slurm
@@ -42,7 +42,7 @@ def goes_on(environment: dict[str, str], run: RunDir, job: "subprocess.Popen[str
     )
     assert job.poll() is None, f"{job.communicate()}{told(run)}"
     if not begun.exists():  # SLURM would wait for a while, but not after a node's end
-        slurm(environment, "scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        start_now(environment, job_id)
     trains(run, job, attempt)
     return int(read(run.attempt(attempt).train)["resumed_from"] or 0)
 
@@ -147,12 +147,10 @@ def test_R10_a_crash_loop_is_ended_at_three(environment: dict[str, str], tmp_pat
     job = submit_stand_in(environment, tmp_path, recipe, "loop", fail=fault)
     until(lambda: (run.attempt(0).job).exists() or job.poll() is not None, "it did not start", 60)
     job_id = read(run.attempt(0).job)["job_id"]
-    pending = ("squeue", "-h", "-j", job_id, "-t", "PD")
     for attempt in (0, 1):
         ended = run.attempt(attempt).job
         until(lambda ended=ended: read(ended).get("state") == "requeued", f"start {attempt} was not requeued", 90)  # type: ignore[misc]
-        until(lambda: slurm(environment, *pending) or job.poll() is not None, "it does not wait", 60)
-        slurm(environment, "scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        start_now(environment, job_id)
     out, error = job.communicate(timeout=90)
     assert job.returncode == 1
     assert "ValueError: no such thing" in error, f"{out}{error}"
