@@ -56,6 +56,12 @@ Publish = Callable[[Path, str | bytes], None]
 """As rundir.publish: put a whole file in its place."""
 
 
+def _age_s() -> float:
+    """Seconds since this process was started."""
+    born = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - born
+
+
 class Journal:
     """Rows, the attempt's record and the bar of one attempt; on ranks other than 0 every call does nothing.
 
@@ -67,6 +73,7 @@ class Journal:
         self._run, self._attempt, self._first = run, attempt, first
         self._record: dict[str, Any] = {"attempt": attempt.number, "state": "running", "started": rundir.now()}
         self._last: dict[str, float] = {}
+        self._staged, self._stages = time.monotonic() - _age_s(), dict[str, float]()
         self._wandb: _Mirror | None = None
         self._exit, self._step = rundir.EXIT_DONE, 0
         self._state, self._publishing = threading.Lock(), threading.RLock()
@@ -126,6 +133,19 @@ class Journal:
                 self._record |= changes
                 self._step = self._record.get("step", 0)
             self._publish_record()
+
+    def stage(self, name: str) -> None:
+        """Note what a stage of the start took: since the last one, the first since this process began."""
+        now = time.monotonic()
+        self._stages[name] = round(now - self._staged, 2)
+        self._staged = now
+
+    def started(self) -> None:
+        """Record and tell the stages, the longest first."""
+        spent = dict(sorted(self._stages.items(), key=lambda item: -item[1]))
+        self.record(startup_s=self._stages)
+        told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items() if seconds >= 0.05)
+        self.say(f"first update {sum(spent.values()):.1f} s after the start of the process: {told}")
 
     def event(self, kind: str, text: str) -> None:
         """Add {time, step, kind, text} to the attempt's record, under "events"."""

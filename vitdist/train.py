@@ -173,6 +173,7 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
         mark = Mark(0, 0, "starting", math.inf)
         try:
             with _only_writer(run, me), Journal(run, here, me.first) as journal:
+                journal.stage("torch and ranks")
                 _of_first(me, lambda: manifest.clean(run))
                 hung = functools.partial(_hung, journal)
                 with Watchdog(here, me.rank, me.world, engine.hang_s, hung) as watchdog:
@@ -207,8 +208,10 @@ def _attempt(
     began: float,
 ) -> dict[str, float] | None:
     """One attempt from the data to the model; returns the figures of the finished run, None if it was stopped."""
-    from vitdist import checkpoint
+    from vitdist import checkpoint, model
 
+    model.import_quickly()
+    journal.stage("transformers")
     # data, model with a learning rate for each layer, DeepSpeed
     session, about = _assemble(run, number, settings, me, journal, watchdog, stopping)
     from vitdist.data.reader import DataFailed
@@ -220,7 +223,9 @@ def _attempt(
         session.writer.began_at(resumed)
     if session.evaluations:
         session.evaluations.forget_after(resumed.step if resumed else 0)
+    journal.stage("checkpoint")
     _introduce(session, about, resumed, passed_over)
+    journal.stage("W&B and a look at the loader")
 
     # the loop, and what a finished run leaves
     try:
@@ -291,6 +296,7 @@ def _assemble(
     batch = _on_every_rank(me, lambda: config.split_batch(settings.train, me.world))
     _on_every_rank(me, lambda: augment.check(settings.data, batch.micro_batch))
     training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch))
+    journal.stage("data")
     losses = loss.Loss(settings.loss, training.class_counts, training.classes)
     if settings.evaluation.unsure:
         decision.of(settings.evaluation.unsure, training.classes)  # refuses what it cannot use
@@ -327,6 +333,7 @@ def _assemble(
     )
     drop_paths = model.drop_paths(net)
 
+    journal.stage("model")
     engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
     dist.bound_all_groups(_group_timeout(settings.engine))  # DeepSpeed's own have its default, half an hour
     writer = checkpoint.Writer(
@@ -346,6 +353,7 @@ def _assemble(
         },
     )
     _of_first(me, writer.claim)
+    journal.stage("DeepSpeed")
     evaluations: list[Evaluations] = []
     _of_first(me, lambda: evaluations.append(selection.Evaluations(run, journal.publish)))
     session = Session(
@@ -466,10 +474,15 @@ def _steps(s: Session, batches: "Iterator[MicroBatch]", evaluate_every: int, sav
     settings, engine = s.settings, s.engine
     losses: list[Tensor] = []
     broken, skips = Broken(), Skips()
+    first = True
     engine.train()
     while engine.steps < s.total and not _patience_ends(s, evaluate_every):
         skipped = engine.skipped
         losses.append(_update(s, batches, broken, skips))
+        if first:
+            first = False
+            s.journal.stage("first update")
+            s.journal.started()
         step = engine.steps
         skips.in_a_row = skips.in_a_row + 1 if engine.skipped > skipped else 0
         if skips.in_a_row:

@@ -1,6 +1,8 @@
 """Every family of ViT: loaded, resized, pooled, frozen, adapted, trained, exported; what does not fit is named."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -533,3 +535,32 @@ def test_dropout_is_known(tmp_path: Path) -> None:
     ):
         net, _ = model.build(Model(pretrained=source, image_size=32, lora=lora), CLASSES, seed=0)
         assert model.dropout(net) == expected
+
+
+QUICK = """
+import sys
+from pathlib import Path
+from vitdist import model
+model.import_quickly()
+assert not {"scipy.optimize", "accelerate"} & set(sys.modules)
+assert not [name for name, module in sys.modules.items() if isinstance(module, model._StandIn)]
+from vitdist.config import Model, Scratch
+import torch
+net, _ = model.build(Model(image_size=16, scratch=Scratch(patch_size=8, width=32, depth=2, heads=2)), ["a", "b"], 0)
+images = torch.randn(2, 3, 16, 16)
+net.eval()
+net.save_pretrained(sys.argv[1])
+again, _ = model.build(Model(pretrained=sys.argv[1], image_size=16), ["a", "b"], 0)
+again.eval()
+assert torch.equal(net(pixel_values=images).logits, again(pixel_values=images).logits)
+import peft  # what adapters need comes after it, whole
+lora, _ = model.build(Model(pretrained=sys.argv[1], image_size=16, lora={"rank": 2}), ["a", "b"], 0)
+assert lora(pixel_values=images).logits.shape == (2, 2)
+"""
+
+
+@pytest.mark.processes
+def test_a_trainer_imports_only_what_it_needs(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", QUICK, str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
