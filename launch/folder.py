@@ -58,6 +58,7 @@ def made(run: RunDir, parts: Parts) -> Iterator[None]:
         private(run.submitit)
         before = None if new else run.config.read_bytes()
         rundir.publish(run.config, config.to_yaml(parts.settings))
+        run.stop.unlink(missing_ok=True)  # the wish of an earlier job
         yield
     except BaseException:
         if new:
@@ -114,8 +115,11 @@ def _freeze(run: RunDir, parts: Parts) -> None:
     from launch import snapshot
 
     for path in (run.code, run.patch, run.env):
-        if path.exists():
-            path.rename(path.with_name(f"{path.stem}-before-attempt-{parts.attempt}{path.suffix}"))
+        kept = path.with_name(f"{path.stem}-before-attempt-{parts.attempt}{path.suffix}")
+        if path.is_dir() and kept.exists():  # of a start that was submitted and never began
+            shutil.rmtree(path)
+        elif path.exists() and not kept.exists():
+            path.rename(kept)
     if parts.sweep and parts.sweep != run:
         snapshot.share(parts.sweep, run)
     else:

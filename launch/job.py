@@ -36,6 +36,8 @@ LOOK_S = 2.0
 """Between two looks at what other nodes have recorded: a shared file system is slow to ask."""
 MARGIN_S = 15.0
 """Left of SLURM's warning time for the requeue."""
+SILENCE_S = 300.0
+"""A controller that is started anew says nothing for so long at most."""
 SAVES = 1.5
 """A checkpoint may take so many times the newest one's seconds: shared storage has good and bad hours."""
 
@@ -55,6 +57,8 @@ class NodeJob:
     signal_delay_s: int = 120
     launcher: str = torchrun.LAUNCHER
     """A module with torchrun's flags."""
+    requeues: bool = True
+    """False inside of an allocation, which is the user's own and runs other things."""
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     """The same on all nodes, and known to them alone."""
     _wish: "Wish" = field(default_factory=lambda: Wish(), init=False, repr=False, compare=False)
@@ -65,6 +69,8 @@ class NodeJob:
         record = rundir.state(run)
         if record["state"] == "done" and record.get("attempt", 0) >= self.base_attempt:
             return "done"  # SLURM restarted a finished run; one that an earlier job finished is to be made longer
+        if self.kind == "slurm" and run.stop.exists():  # asked for in the start before, which was cut off
+            return "stopped"
         self._listen()
         node = here(self)
         node.begin()
@@ -78,6 +84,8 @@ class NodeJob:
                 process = self._start(node)
                 state = self._finish(node, process)
                 cause = node.cause() if state in ("failed", "refused") else None
+                if state == "failed" and self.kind == "local" and self._wish.times > 1:
+                    cause = "ended at once, as asked"
         except (OSError, RunFailed, subprocess.SubprocessError) as error:
             cause = str(error)
         code = process.poll() if process else None
@@ -88,6 +96,8 @@ class NodeJob:
             state = self._end(node, state, cause, code)
         if cause and state != "requeued":
             raise RunFailed(cause)
+        if state == "stopped" and self.kind == "slurm" and node.first:
+            sys.exit(rundir.EXIT_STOPPED)  # a job that waits for this one by `afterok` must not begin
         return state
 
     def checkpoint(self) -> DelayedSubmission:
@@ -139,36 +149,39 @@ class NodeJob:
                 if self.kind == "slurm" and node.first and not self._wish and self._late(node):
                     print("a checkpoint takes longer than SLURM's warning: saving now", flush=True)
                     self._wish.heard(signal.SIGUSR2, None)
-            too_long = self.kind == "slurm" and now >= self._wish.at + max(MARGIN_S, self.signal_delay_s - MARGIN_S)
+            too_long = self.kind == "slurm" and self._wish and now >= self._last_moment(node)
             if now >= end_at or too_long or (self.kind == "local" and self._wish.times > 1):
                 process.end()
         return node.verdict(process.poll())
 
+    def _last_moment(self, node: Node) -> float:
+        """By the monotonic clock: what is not saved by then is not saved before SLURM's limit."""
+        left = node.end_at - time.time() - MARGIN_S if node.end_at else 0.0
+        return max(self._wish.at + max(MARGIN_S, self.signal_delay_s - MARGIN_S), time.monotonic() + left)
+
     def _lost(self, node: Node) -> bool:
         """Whether another node has failed. In SLURM only the first node looks: srun ends the others."""
         watching = node.first or self.kind == "local"
-        return watching and any((record or {}).get("state") in ("failed", "refused") for record in node.others())
+        return watching and any(record.get("state") in ("failed", "refused") for record in node.others())
 
     def _late(self, node: Node) -> bool:
         """Whether the time that is left is just enough to save, and SLURM's warning would come too late for that."""
         if node.end_at is None:
             return False
-        saved = ((rundir.read_json(node.attempt.train) or {}).get("saved") or {}).get("seconds") or 0.0
+        saved = node.save_s()
         needed = SAVES * saved + 2 * MARGIN_S
         return needed > self.signal_delay_s and time.time() >= node.end_at - needed
 
     def _end(self, node: Node, state: str, cause: str | None, code: int | None) -> str:
         """On the first node: record the end, and have the job requeued where its policy says so; returns the state."""
         decision = node.spare(node.decide(state, bool(self._wish)))
-        # Nobody requeues what the user has cancelled: a job that SLURM only stops is still running. Of a silent SLURM
-        # the warning is believed.
-        running = slurm.state(node.job_id).split(" ")[0] in ("RUNNING", *(["UNKNOWN"] if self._wish else []))
-        again = decision.again and running
+        again = self.requeues and decision.again and not node.superseded() and self._running(node)
         # Said before it is done: SLURM kills this process for it, and who follows would take "stopped" for the end.
         node.end("requeued" if again else state, cause, code, decision)
         if not again:
-            if state in ("failed", "stopped") and not decision.again:
-                print(f"not started again: {decision.why}", flush=True)
+            if state in ("failed", "stopped"):
+                why = decision.why if not decision.again else "SLURM does not call the job running, or not this start"
+                print(f"not started again: {why}", flush=True)
             return state
         print(f"starts again: {decision.why}", flush=True)
         refused = node.requeue(decision)
@@ -179,6 +192,14 @@ class NodeJob:
         )
         node.end(state, cause, code, dataclasses.replace(decision, again=False, why=f"SLURM refused: {refused}"))
         return state
+
+    def _running(self, node: Node) -> bool:
+        """Whether SLURM calls the job running: nobody requeues what the user has cancelled. A silent one is asked
+        for some minutes; then its own warning is believed."""
+        deadline = time.monotonic() + SILENCE_S
+        while (word := slurm.state(node.job_id).split(" ")[0]) == "UNKNOWN" and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+        return word == "RUNNING" or (word == "UNKNOWN" and bool(self._wish))
 
 
 @dataclass

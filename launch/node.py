@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from launch import policy, rollcall, slurm, torchrun, why
@@ -67,7 +68,8 @@ class Node:
     said: Answer = field(default_factory=Answer)
     """Of the roll call."""
     _started: str = field(default_factory=rundir.now)
-    _began: float = field(default_factory=time.time)
+    _had: int = 0
+    """Step of the newest checkpoint when it began."""
 
     @property
     def nodes(self) -> int:
@@ -87,7 +89,8 @@ class Node:
         if self.first:
             # A kill in the middle of a dump leaves one, and submitit's next dump would refuse to write (submitit#1617).
             for torn in self.run.submitit.glob(f"{self.job_id}_*.save_tmp"):
-                torn.unlink()
+                torn.unlink(missing_ok=True)
+            self._had = max(manifest.steps(self.run), default=0)
             self._publish("running", None, None, None)
 
     def meet(self, ended: Callable[[], bool]) -> None:
@@ -156,9 +159,12 @@ class Node:
     def end(self, state: str, cause: str | None, code: int | None, decision: Decision | None = None) -> None:
         """Record how this node ended; the first node records it of the job."""
         ended = {"node": self.index, "host": socket.gethostname(), "state": state, "cause": cause, "code": code}
-        rundir.publish_json(self.attempt.node(self.index), {**ended, "ended": rundir.now()})
-        if self.first:
-            self._publish(state, cause, rundir.now(), decision)
+        try:
+            rundir.publish_json(self.attempt.node(self.index), {**ended, "ended": rundir.now()})
+            if self.first:
+                self._publish(state, cause, rundir.now(), decision)
+        except OSError as error:  # a full disk must not cost the requeue
+            print(f"the end ({state}) cannot be recorded: {error}", flush=True)
 
     def _publish(self, state: str, cause: str | None, ended: str | None, decision: Decision | None) -> None:
         rundir.publish_json(
@@ -176,6 +182,7 @@ class Node:
                 "ended": ended,
                 "state": state,
                 "cause": cause,
+                "had": self._had,
                 "start": dataclasses.asdict(decision.of) if decision and decision.of else None,
                 "decision": decision.why if decision else None,
                 "again": decision.again if decision else None,
@@ -183,23 +190,28 @@ class Node:
             },
         )
 
-    def others(self) -> list[dict[str, Any] | None]:
+    def others(self) -> list[dict[str, Any]]:
         """What the other nodes have recorded of their end."""
-        return [rundir.read_json(self.attempt.node(i)) for i in range(self.nodes) if i != self.index]
+        return [_read(self.attempt.node(i)) for i in range(self.nodes) if i != self.index]
 
-    def wait_for_first(self, patience_s: float = RECORD_S) -> None:
-        """Stay until the first node has recorded the end: our exit would have srun end it, within a minute."""
-        deadline = time.monotonic() + patience_s
+    def wait_for_first(self) -> None:
+        """Stay until the first node has recorded the end for good: our exit would have srun end it.
+
+        In the middle of a requeue too: then SLURM ends all.
+        """
+        # A first node that never spoke is not going to.
+        deadline = time.monotonic() + (3 * PATIENCE_S[self.kind] if self.said.fault else RECORD_S)
         while not self.first and self.kind == "slurm" and time.monotonic() < deadline:
-            if (rundir.read_json(self.attempt.job) or {}).get("ended"):
+            told = _read(self.attempt.job)
+            if told.get("ended") and told.get("state") != "requeued":
                 return
-            time.sleep(POLL_S)
+            time.sleep(1.0)
 
     # ---- how it ended ----------------------------------------------------------------------------
 
     def verdict(self, code: int | None) -> str:
         """done, stopped, refused or failed. torchrun turns every exit code of a trainer into 1, so records decide."""
-        record = rundir.read_json(self.attempt.train) or {}
+        record = _read(self.attempt.train)
         state = str(record.get("state"))
         if state in ("done", "stopped", "refused"):
             return state
@@ -219,24 +231,28 @@ class Node:
                 return found.text
             time.sleep(POLL_S)
 
-    def wished(self) -> bool:
-        """Whether the user has asked this start to stop for good."""
-        asked = rundir.read_json(self.run.stop) or {}
-        return str(asked.get("time", "")) >= self._started
-
     def decide(self, state: str, warned: bool) -> Decision:
         """What follows this start, by the rules of launch/policy.py."""
-        record = rundir.read_json(self.attempt.train) or {}
+        record = _read(self.attempt.train)
         start = Start(
             state=state,
-            began=int(record.get("resumed_from") or 0),
+            # Not what the trainers say: they may have ended before they knew, or passed over a damaged one.
+            began=self._had,
             reached=max(manifest.steps(self.run), default=0),
             out_of_time=warned and self._near_its_limit(),
-            wished=self.wished(),
+            wished=self.run.stop.exists(),
             **(self._failure(record) if state == "failed" else {}),
         )
         decision = policy.decide([*self._earlier(), start], self.profile.max_starts if self.profile else None)
         return dataclasses.replace(decision, of=start)
+
+    def save_s(self) -> float:
+        """Seconds that the newest checkpoint of this start took; 0 before the first."""
+        return float((_read(self.attempt.train).get("saved") or {}).get("seconds") or 0.0)
+
+    def superseded(self) -> bool:
+        """Whether SLURM has started the job anew beside this process: it took this node for dead."""
+        return any(attempt.number > self.attempt.number for attempt in self.run.attempts())
 
     def _failure(self, record: dict[str, Any]) -> dict[str, Any]:
         if self.said.fault:
@@ -258,15 +274,15 @@ class Node:
 
     def _earlier(self) -> list[Start]:
         """The job's starts before this one. One that was cut off left no word: a node died, or SLURM requeued it."""
-        found = []
-        for attempt in self.run.attempts():
-            if self.base <= attempt.number < self.attempt.number:
-                told = (rundir.read_json(attempt.job) or {}).get("start")
-                began = int((rundir.read_json(attempt.train) or {}).get("resumed_from") or 0)
-                found.append(
-                    Start(**told | {"hosts": tuple(told["hosts"])}) if told else Start("running", began, began)
-                )
-        return found
+        numbers = [a.number for a in self.run.attempts() if self.base <= a.number < self.attempt.number]
+        records = [_read(self.run.attempt(number).job) for number in numbers]
+        had = [int(record.get("had") or 0) for record in records] + [self._had]
+        return [
+            Start(**record["start"] | {"hosts": tuple(record["start"]["hosts"])})
+            if record.get("start")
+            else Start("running", before, after)
+            for record, before, after in zip(records, had[:-1], had[1:], strict=True)
+        ]
 
     # ---- the next start --------------------------------------------------------------------------
 
@@ -280,13 +296,31 @@ class Node:
         return None
 
     def spare(self, decision: Decision) -> Decision:
-        """`decision` without nodes to leave out where the partition would be too small without them."""
-        there = slurm.partitions(10.0) if decision.exclude else None
-        known = sum(kind.number for kind in there.nodes(self.partition)) if there else 0
-        if not known or known - len(decision.exclude) >= self.nodes:
+        """`decision` without nodes to leave out where the job could not run without them."""
+        if not decision.exclude or not self.profile:
             return decision
-        print(f"{', '.join(decision.exclude)} stay: without them the partition has too few nodes", flush=True)
+        there = slurm.partitions(10.0)
+        able = (
+            [kind for kind in there.nodes(self.partition) if kind.gpus >= int(self.profile.gpus_per_node)]
+            if there
+            else []
+        )
+        known = sum(kind.number for kind in able)
+        own = slurm.hostnames(self.profile.exclude) if self.profile.exclude else []
+        left = known - len({*own, *decision.exclude})
+        # How many nodes have the features that the profile asks for is not known.
+        if known and left >= self.nodes and not self.profile.constraint:
+            return decision
+        print(f"{', '.join(decision.exclude)} stay: without them there may be too few nodes", flush=True)
         return dataclasses.replace(decision, exclude=())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record; {} where there is none yet, or none that can be read now: shared storage has bad moments."""
+    try:
+        return rundir.read_json(path) or {}
+    except (OSError, ValueError):
+        return {}
 
 
 def address(host: str) -> str:

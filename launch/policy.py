@@ -84,13 +84,17 @@ def decide(starts: Sequence[Start], most: int | None) -> Decision:
     if last.state == "failed":
         if last.word in FINAL:
             return Decision(False, f"another start would end the same ({last.word})")
-        twin = next((s for s in starts[:-1] if last.error and (s.error, s.step) == (last.error, last.step)), None)
-        if twin:
+        # Of the starts without a new checkpoint, and the one that brought the last: an error of a month ago is another.
+        recent = starts[max(0, len(starts) - len(fruitless) - 1) : -1]
+        if last.error and any((start.error, start.step) == (last.error, last.step) for start in recent):
             return Decision(False, f"the same {last.error} at step {last.step} twice")
         crashes = sum(start.state == "failed" for start in fruitless)
         if crashes >= CRASHES:
             return Decision(False, f"{crashes} starts in a row have failed without a new checkpoint")
-        return Decision(True, f"crash {crashes} of {CRASHES} without a new checkpoint", bad)
+        count = (
+            f"crash {crashes} of {CRASHES} without a new checkpoint" if crashes else "a crash after a new checkpoint"
+        )
+        return Decision(True, count, bad)
     late = sum(start.out_of_time for start in fruitless)
     if late >= CRASHES:
         return Decision(False, f"{late} time limits in a row came before a new checkpoint: give it more --time")

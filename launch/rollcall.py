@@ -114,7 +114,8 @@ def report(
     ended: Callable[[], bool] = lambda: False,
 ) -> Answer:
     """On another node: report to the first one, wait for its answer."""
-    deadline, why = time.monotonic() + join_s, "no answer"
+    # The first node may have begun later than this one, and waits as long for the last.
+    deadline, why = time.monotonic() + 2 * join_s, "no answer"
     while time.monotonic() < deadline and not ended():
         for port in ports:  # at one there may be a stranger
             try:
@@ -128,7 +129,7 @@ def report(
             except (OSError, ValueError, TypeError) as error:
                 why = str(error) or type(error).__name__
         time.sleep(RETRY_S)
-    told = f"the first node ({master}, port {' or '.join(map(str, ports))}) did not answer in {join_s:.0f} s: {why}"
+    told = f"the first node ({master}, port {' or '.join(map(str, ports))}) did not answer in {2 * join_s:.0f} s: {why}"
     return Answer(told, "never_came")
 
 

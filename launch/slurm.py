@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -192,7 +193,7 @@ def _read_job(line: str) -> Job | None:
 
 def state(job_id: str) -> str:
     """`STATE (reason)` of a job; "UNKNOWN" where SLURM is silent, "GONE" where it says that it knows no such job."""
-    command = ["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r"]
+    command = [*_PLAIN, "squeue", "-h", "-a", "-t", "all", "-j", job_id, "-o", "%T|%r"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
@@ -248,14 +249,27 @@ def address(host: str) -> str | None:
 def end_time(job_id: str) -> float | None:
     """When a job will be ended by its limit, in Unix seconds; None where SLURM does not say."""
     with contextlib.suppress(ValueError):  # "N/A", NOT_SET
-        said = (ask([*_PLAIN, "squeue", "-h", "-j", job_id, "-o", "%e"], 10) or "").strip()
+        said = (ask([*_PLAIN, "squeue", "-h", "-a", "-j", job_id, "-o", "%e"], 10) or "").strip()
         return datetime.fromisoformat(said).timestamp()
     return None
 
 
-def requeue(job_id: str) -> str | None:
-    """Have a job started again; returns why SLURM would not, or None. It kills the job's processes for it."""
-    return _told(["scontrol", "requeue", job_id], 60)
+def requeue(job_id: str, patience_s: float = 300.0) -> str | None:
+    """Have a job started again; returns why SLURM would not, or None. It kills the job's processes for it.
+
+    A controller that does not answer, as it does while it is started anew, is asked again for `patience_s` seconds.
+    """
+    deadline = time.monotonic() + patience_s
+    while (error := _told(["scontrol", "requeue", job_id], 60)) and _FOR_NOW.search(error):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(5)
+    return error
+
+
+def hostnames(nodes: str) -> list[str]:
+    """`node[1-3,7]` one by one; [] where SLURM does not say."""
+    return (ask(["scontrol", "show", "hostnames", nodes], 10) or "").split()
 
 
 def exclude(job_id: str, nodes: Sequence[str]) -> str | None:
@@ -273,7 +287,15 @@ def exclude(job_id: str, nodes: Sequence[str]) -> str | None:
 def _told(command: list[str], patience_s: float) -> str | None:
     """What was wrong with a command, in one line; None if nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s, stdin=subprocess.DEVNULL)
+        # Its own requeue has SLURM end it, before it can say that it was done.
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=patience_s, stdin=subprocess.DEVNULL, preexec_fn=_deaf
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{command[0]}: {error.strerror if isinstance(error, OSError) else 'no answer'}"
     return (" ".join(done.stderr.split()) or f"exit code {done.returncode}") if done.returncode else None
+
+
+def _deaf() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None, launcher: str = torchrun.LAUNCHER) -
     except (SettingsError, ValueError) as error:
         _say(f"error: {error}")
         return rundir.EXIT_REFUSED
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was submitted")
+        return 130
+    except BrokenPipeError:  # `| head`: what it says goes nowhere, what it did stands
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # a full disk, a quota: the run folder has been taken back
         where = error.filename2 or error.filename or args.runs
         _say(f"error: {where}: {error.strerror or error}; nothing was submitted. Free space, or choose another --runs")
@@ -451,9 +457,9 @@ def _pickle(plan: Plan, start: Start, launcher: str) -> Path:
 
     from launch.job import NodeJob
 
-    job = DelayedSubmission(
-        NodeJob(str(start.run.path), plan.processes, start.attempt, "slurm", (), plan.signal_delay_s, launcher)
-    )
+    place = (str(start.run.path), plan.processes, start.attempt)
+    own = plan.allocation is None
+    job = DelayedSubmission(NodeJob(*place, "slurm", (), plan.signal_delay_s, launcher, requeues=own))
     # Time limits and preemptions are no failures: they are not counted.
     job.set_timeout(plan.minutes, 1_000_000)
     path = start.run.submitit / f"{uuid.uuid4().hex}.pkl"
@@ -468,13 +474,18 @@ def _to_slurm(
     with _folders(plan, home, starts, argv, new_code, text), _clean_environment(home.code):
         pickles = [_pickle(plan, start, launcher) for start in starts]
         when = _when(*slurm.test_only(text, PATIENCE_S)) if not plan.after else f"after job {', '.join(plan.after)}"
-        job_id = _sbatch(home)
-        for start, pickle in zip(starts, pickles, strict=True):
-            own = f"{job_id}_{start.number}" if plan.points else job_id
-            pickle.rename(start.run.submitit / f"{own}_submitted.pkl")  # the node jobs wait for it
-            rundir.publish(start.run.path / "slurm_job", f"{own}\n")
-        if plan.points:
-            rundir.publish(home.path / "slurm_job", f"{job_id}\n")
+        with _deaf_children():  # a Ctrl-C while sbatch runs would leave a job in the queue that nobody knows of
+            job_id = _sbatch(home)
+        try:
+            for start, pickle in zip(starts, pickles, strict=True):
+                own = f"{job_id}_{start.number}" if plan.points else job_id
+                pickle.rename(start.run.submitit / f"{own}_submitted.pkl")  # the node jobs wait for it
+                rundir.publish(start.run.path / "slurm_job", f"{own}\n")
+            if plan.points:
+                rundir.publish(home.path / "slurm_job", f"{job_id}\n")
+        except BaseException:  # the folder is taken back, and so is the job
+            subprocess.run(["scancel", job_id], timeout=PATIENCE_S, check=False)
+            raise
     _tell(plan, home, starts, job_id, when)
     if not follow:
         return 0

@@ -24,7 +24,7 @@ OWNERS = {
 }
 ENVIRONMENT = {
     *("launch/submit.py", "launch/jobs.py", "launch/job.py"),
-    *("vitdist/cli.py", "vitdist/dist.py", "vitdist/train.py"),
+    *("vitdist/cli.py", "vitdist/dist.py", "vitdist/train.py", "vitdist/nodecheck.py"),
 }
 HEAVY = {"torch", "deepspeed", "transformers", "webdataset", "wandb"}
 TORCH_FREE = [

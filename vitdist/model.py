@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,9 @@ _STAND_INS = (
 class _StandIn(ModuleType):
     """A module in which every name is a class that nothing is an instance of."""
 
-    __path__: ClassVar[list[str]] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []  # a package, of which parts are asked for
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):

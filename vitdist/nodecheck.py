@@ -153,8 +153,10 @@ def _gpus() -> tuple[list[Gpu], str | None]:
 def read_gpus(lines: list[str], failed: list[bool]) -> list[Gpu]:
     """The answer of nvidia-smi to `_QUERY`; `failed`: whether a broken row was not replaced, for each card or []."""
     found = []
-    for number, line in enumerate(lines):
-        name, total, used, errors = (part.strip() for part in line.split(","))
+    told = [line.split(",") for line in lines]
+    # Warnings of the driver stand between the lines.
+    for number, parts in enumerate(parts for parts in told if len(parts) == 4):
+        name, total, used, errors = (part.strip() for part in parts)
         number_of = [int(m[0]) if (m := re.match(r"\d+", text)) else None for text in (total, used, errors)]
         found.append(
             Gpu(name, number_of[0] or 0, number_of[1] or 0, number_of[2], number < len(failed) and failed[number])
@@ -164,7 +166,9 @@ def read_gpus(lines: list[str], failed: list[bool]) -> list[Gpu]:
 
 def _nvidia_smi(question: str) -> list[str]:
     """Its lines. Raises RuntimeError with its own words."""
-    command = ["nvidia-smi", question, "--format=csv,noheader,nounits"]
+    # Where SLURM does not hide them, a node shows the cards of other jobs too.
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = ["nvidia-smi", question, "--format=csv,noheader,nounits", *(["-i", own] if own else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL)
     except FileNotFoundError:

@@ -307,7 +307,9 @@ def test_other_nodes_stay_until_the_first_has_recorded_a_stop(
     rundir.publish_json(run.attempt(0).train, {"state": "stopped", "step": 2})
     until(lambda: read(run.attempt(0).node(1)).get("state") == "stopped")
     assert again.poll() is None
-    rundir.publish_json(run.attempt(0).job, {"state": "requeued", "ended": rundir.now()})
+    rundir.publish_json(run.attempt(0).job, {"state": "requeued", "ended": rundir.now()})  # asked for, not done yet
+    assert again.poll() is None
+    rundir.publish_json(run.attempt(0).job, {"state": "stopped", "ended": rundir.now()})
     assert again.wait(30) == 0, (run.path / "node.out").read_text()
     assert "requeue" not in in_slurm.read_text()
 
@@ -322,6 +324,42 @@ def test_S3_stopped_by_term_alone_is_requeued_while_slurm_calls_it_running(
     assert process.wait(30) == 0, (run.path / "node.out").read_text()
     assert in_slurm.read_text().endswith("scontrol requeue 4711\n")
     assert read(run.attempt(0).job)["state"] == "requeued"
+
+
+def test_R10_checkpoints_of_earlier_starts_are_no_progress(
+    run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three starts that end before their trainers know what they go on from."""
+    (run.checkpoints / "step-00000500").mkdir(parents=True)
+    run.config.write_text(run.config.read_text().replace("https://far.example/val", str(tmp_path / "gone")))
+    for number in (0, 1):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        with usr2_kept():
+            assert node_job(run)() == "requeued"
+        assert read(run.attempt(number).job)["decision"] == f"crash {number + 1} of 3 without a new checkpoint"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with usr2_kept(), pytest.raises(RunFailed, match="gone: cannot be read here"):
+        node_job(run)()
+    assert read(run.attempt(2).job)["decision"] == "3 starts in a row have failed without a new checkpoint"
+
+
+def test_a_start_that_slurm_has_replaced_requeues_nothing(
+    run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN", json.dumps({"until_asked": True}))
+    process = under_submitit(run, node_job(run))
+    until(lambda: read(run.attempt(0).train).get("step", 0) > 2)
+    rundir.publish_json(run.attempt(1).job, {"state": "running"})
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(30) == rundir.EXIT_STOPPED
+    assert "requeue" not in in_slurm.read_text()
+
+
+def test_a_wish_to_stop_outlives_a_node_and_the_exit_code_tells_it(run: RunDir, in_slurm: Path) -> None:
+    rundir.publish_json(run.stop, {"time": rundir.now(), "by": "me"})
+    with usr2_kept():
+        assert node_job(run)() == "stopped"
+    assert not run.attempt(0).path.exists()
 
 
 def test_a_torn_dump_of_submitit_is_removed(run: RunDir, in_slurm: Path) -> None:

@@ -14,6 +14,7 @@ CRASH = Start("failed", word="killed")
 LATE = Start("stopped", out_of_time=True)
 PREEMPTED = Start("stopped")
 LOST = Start("running")
+TRAP = Start("failed", error="KeyError", step=7)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +36,14 @@ LOST = Start("running")
         ([LATE, LATE, LATE], False, "give it more --time"),
         ([dataclasses.replace(LATE, reached=5)] * 9, True, "its time limit"),
         ([dataclasses.replace(CRASH, word="nan_or_inf")], False, "would end the same"),
-        ([Start("failed", error="KeyError", step=7), Start("failed", error="KeyError", step=7, reached=3)], False,
+        ([dataclasses.replace(TRAP, reached=3), dataclasses.replace(TRAP, began=3, reached=3)], False,
          "the same KeyError at step 7 twice"),
+        # A month lies between.
+        ([TRAP, *[dataclasses.replace(LATE, reached=5)] * 20, TRAP], True, "crash 1 of 3"),
+        ([dataclasses.replace(CRASH, reached=9)], True, "a crash after a new checkpoint"),
+        # Nodes were lost after new checkpoints.
+        ([CRASH, dataclasses.replace(LOST, reached=500), CRASH, dataclasses.replace(LOST, reached=900), CRASH], True,
+         "crash 1 of 3"),
         ([Start("failed", error="KeyError", step=7), Start("failed", error="KeyError", step=8)], True, "crash 2 of 3"),
     ],
 )  # fmt: skip
