@@ -147,7 +147,7 @@ def test_the_mount_of_a_path(path: str, kind: str, shared: bool | None) -> None:
     assert (found.kind, found.shared) == (kind, shared)
 
 
-def test_L9_disks_that_other_nodes_do_not_see_are_told(
+def test_L4_disks_that_other_nodes_do_not_see_are_told(
     case: Case, slurm: Put, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = replace(case, cluster=profile())
