@@ -346,7 +346,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
             thread.join()
 
 
-def test_L8_weights_of_the_hub_are_fetched_once_and_only_what_is_needed(
+def test_weights_of_the_hub_are_fetched_once_and_only_what_is_needed(
     case: Case, place: Path, server: tuple[str, list[str]]
 ) -> None:
     endpoint, asked = server
@@ -377,7 +377,7 @@ def test_L8_weights_of_the_hub_are_fetched_once_and_only_what_is_needed(
     assert hub.cached("org/vit", cache) is None
 
 
-def test_L8_a_hub_out_of_reach_is_refused_with_the_way_out(
+def test_a_hub_out_of_reach_is_refused_with_the_way_out(
     case: Case, place: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned = replace(changed(case, "model.scratch=null", "model.pretrained=org/other"), cluster=profile())
