@@ -8,6 +8,7 @@ No weights are read. The table of layers builds the model on the meta device and
 trainer takes them; the rest is arithmetic (shapes.py, memory.py, cost.py) that needs no torch.
 """
 
+import contextlib
 import io
 import sys
 from collections.abc import Iterable, Sequence
@@ -61,6 +62,11 @@ def make(settings: Config, classes: int) -> Plan:
     """A row for each layer, from the embeddings to the head. Raises ValueError for a model that cannot be had."""
     from vitdist import model, optim
 
+    with contextlib.suppress(shapes.Unknown):
+        try:
+            shapes.network(settings.model, classes)
+        except shapes.NotCached as reason:
+            raise ValueError(str(reason)) from None
     scaled = config.scaled(settings.optim, _global_batch(settings))
     net = model.skeleton(settings.model, classes)
     layer, depth = model.layers(net)
@@ -214,6 +220,8 @@ def network(settings: Config, classes: int) -> shapes.Network:
     """
     try:
         return shapes.network(settings.model, classes)
+    except shapes.NotCached:
+        raise
     except shapes.Unknown as reason:
         try:
             from vitdist import model

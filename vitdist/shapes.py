@@ -39,6 +39,10 @@ class Unknown(ValueError):
     """The shapes cannot be told without torch or the network; the text says why."""
 
 
+class NotCached(Unknown):
+    """They are known to the hub: asking it takes half a minute where there is no way to it."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One tensor that is trained or frozen."""
@@ -189,7 +193,10 @@ def _of_folder(source: str, classes: int) -> Network:
 
         found = try_to_load_from_cache(source, "config.json")
         if not isinstance(found, str):
-            raise Unknown(f"{source} is not in the local cache of Hugging Face, so its shapes are not known here")
+            raise NotCached(
+                f"{source} is not in the local cache of Hugging Face, so its shapes are not known here; "
+                f"`hf download {source} config.json` brings them"
+            )
         path = Path(found)
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
