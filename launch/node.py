@@ -300,16 +300,11 @@ class Node:
         if not decision.exclude or not self.profile:
             return decision
         there = slurm.partitions(10.0)
-        able = (
-            [kind for kind in there.nodes(self.partition) if kind.gpus >= int(self.profile.gpus_per_node)]
-            if there
-            else []
-        )
-        known = sum(kind.number for kind in able)
+        gpus = int(self.profile.gpus_per_node) if self.profile.gpu_request != "none" else 0
+        known = sum(kind.number for kind in there.nodes(self.partition) if kind.gpus >= gpus) if there else 0
         own = slurm.hostnames(self.profile.exclude) if self.profile.exclude else []
-        left = known - len({*own, *decision.exclude})
-        # How many nodes have the features that the profile asks for is not known.
-        if known and left >= self.nodes and not self.profile.constraint:
+        # How many nodes have the features that a profile asks for is not known.
+        if not self.profile.constraint and (not known or known - len({*own, *decision.exclude}) >= self.nodes):
             return decision
         print(f"{', '.join(decision.exclude)} stay: without them there may be too few nodes", flush=True)
         return dataclasses.replace(decision, exclude=())
