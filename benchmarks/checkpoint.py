@@ -83,7 +83,7 @@ class Trained:
         self.engine.step()
 
     def window(self, saves: tuple[int, ...]) -> float:
-        """Seconds of WINDOW updates with a checkpoint after each of the given ones, written beside those that follow."""
+        """Seconds of WINDOW updates with a checkpoint after each given one, written beside those that follow."""
         began = time.perf_counter()
         for number in range(1, WINDOW + 1):
             self.update()
