@@ -72,9 +72,6 @@ NodePath = Annotated[
     ),
 ]
 
-# Not a NodePath: it becomes a setting of the run, which no shell of a node reads.
-NodeDisk = Annotated[str, _like(r"/[^\x00-\x1f\x7f$]{0,400}", "an absolute path without variables")]
-
 # Where nobody can be asked: the usual node of a training cluster (DGX, HGX) and 8 loader processes for each GPU,
 # the most that data.workers: auto takes.
 ASSUMED_GPUS = 8
@@ -188,9 +185,9 @@ class Cluster(Section):
 
     # ---- folders
 
-    node_disk: NodeDisk | None = None
-    """Folder on a disk of each node, such as `/local/scratch`, which keeps what was read of the shards: fills
-    data.cache where the settings leave it open."""
+    node_disk: NodePath | None = None
+    """Folder on a disk of each node, such as `/local/scratch` or `$TMPDIR`, which keeps what was read of the shards:
+    fills data.cache where the settings leave it open."""
     node_disk_gb: Annotated[float, Field(gt=0)] | None = None
     """Most that is kept there, in 10^9 bytes; default: that of data.cache_gb."""
     hf_home: NodePath | None = None

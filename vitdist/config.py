@@ -808,7 +808,8 @@ def with_absolute_paths(settings: Config) -> Config:
         update={
             "train": next(iter(train)) if isinstance(given.train, str) and isinstance(train, dict) else train,
             "val": _absolute(given.val),
-            "cache": given.cache and _absolute(given.cache),
+            # $TMPDIR and the like are the node's to fill in.
+            "cache": given.cache if not given.cache or given.cache.startswith("$") else _absolute(given.cache),
         }
     )
     model, pretrained = settings.model, settings.model.pretrained

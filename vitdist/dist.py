@@ -124,6 +124,14 @@ def processes(threads: int | None = None, timeout_s: float = TIMEOUT_S) -> Itera
         torch.distributed.destroy_process_group()
 
 
+def on_this_node(path: str) -> str:
+    """`path` with the node's variables filled in, such as `$TMPDIR`. Raises ValueError for one that is not set."""
+    filled = os.path.expandvars(path)
+    if "$" in filled:
+        raise ValueError(f"{path}: a variable in it is not set on {socket.gethostname()}")
+    return filled
+
+
 def bus_bandwidth(me: Processes) -> float | None:
     """Speed of an all-reduce over all ranks, in 10^9 bytes a second; None for a single one. All ranks must call it.
 

@@ -113,10 +113,10 @@ def look(run: RunDir, settings: Config | None, gpus: int) -> Node:
     found, gpu_fault = _gpus() if gpus else ([], None)
     places = {str(run.path), tempfile.gettempdir(), "/dev/shm"}
     if settings and settings.data.cache:
-        places.add(settings.data.cache)
+        places.add(os.path.expandvars(settings.data.cache))
     unwritable, free = {}, {}
     for place in sorted(places):
-        why = _unwritable(Path(place))
+        why = _unwritable(Path(place)) if "$" not in place else "a variable in it is not set here"
         if why:
             unwritable[place] = why
         else:

@@ -449,6 +449,8 @@ def test_the_node_disk_becomes_the_cache_of_shards() -> None:
     assert cluster.staged(settings, parse()) == settings
     staged = cluster.staged(settings, parse(node_disk="/local/", node_disk_gb=500))
     assert (staged.data.cache, staged.data.cache_gb) == ("/local/vitdist-cache", 500)
+    on_each = config.with_absolute_paths(cluster.staged(settings, parse(node_disk="$TMPDIR")))
+    assert on_each.data.cache == "$TMPDIR/vitdist-cache"
     own = config.load(ROOT / "configs" / "demo.yaml", ["data.cache=/mine"])
     assert cluster.staged(own, parse(node_disk="/local")) == own
 

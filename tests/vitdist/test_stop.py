@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import ranks, workers
+from vitdist import dist
 
 pytestmark = pytest.mark.processes
 
@@ -41,6 +42,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_path_of_the_node_is_filled_in_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/scratch/job7")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert dist.on_this_node("$TMPDIR/vitdist-cache") == "/scratch/job7/vitdist-cache"
+    with pytest.raises(ValueError, match=r"\$NOWHERE/x: a variable in it is not set on "):
+        dist.on_this_node("$NOWHERE/x")
 
 
 def test_the_speed_between_ranks_is_told() -> None:

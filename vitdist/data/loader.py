@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitdist import stop
+from vitdist import dist, stop
 from vitdist.config import Batch, Config, Data
 from vitdist.data import index as index_
 from vitdist.data import order as order_
@@ -67,7 +67,7 @@ class Training:
 
 def cache(settings: Data) -> Cache | None:
     """The node's cache, if the settings name one. Raises ValueError if it cannot be made."""
-    return Cache(settings.cache, int(settings.cache_gb * 1e9)) if settings.cache else None
+    return Cache(dist.on_this_node(settings.cache), int(settings.cache_gb * 1e9)) if settings.cache else None
 
 
 def open_training(config: Config, global_batch: int) -> Training:
