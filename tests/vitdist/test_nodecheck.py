@@ -1,6 +1,7 @@
 """What a node must pass before training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,15 +63,16 @@ def test_nvidia_smi_is_read() -> None:
 @pytest.mark.processes
 def test_as_a_command_it_prints_what_it_found(recipe: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "a run")
-    rundir.publish(run.config, config.to_yaml(config.with_absolute_paths(config.load(recipe))))
+    val = tmp_path / "val"  # of its own: it is going to be damaged
+    shutil.copytree(config.load(recipe).data.val, val)
+    rundir.publish(run.config, config.to_yaml(config.with_absolute_paths(config.load(recipe, [f"data.val={val}"]))))
     command = [sys.executable, "-m", "vitdist.nodecheck", str(run.path), "--processes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     told = json.loads(done.stdout)
     assert told["faults"] == []
     assert told["versions"]["torch"]
     assert set(told["free_mb"]) >= {str(run.path), "/dev/shm"}
-    settings = config.load(run.config)
-    shard = next(Path(settings.data.val).glob("*.tar"))
+    shard = next(val.glob("*.tar"))
     shard.write_bytes(b"")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout)["faults"] == [f"{shard}: is empty here"]
