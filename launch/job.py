@@ -70,7 +70,7 @@ class NodeJob:
         if record["state"] == "done" and record.get("attempt", 0) >= self.base_attempt:
             return "done"  # SLURM restarted a finished run; one that an earlier job finished is to be made longer
         if self.kind == "slurm" and run.stop.exists():  # asked for in the start before, which was cut off
-            return "stopped"
+            sys.exit(rundir.EXIT_STOPPED)
         self._listen()
         node = here(self)
         node.begin()

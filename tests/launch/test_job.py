@@ -357,8 +357,9 @@ def test_a_start_that_slurm_has_replaced_requeues_nothing(
 
 def test_a_wish_to_stop_outlives_a_node_and_the_exit_code_tells_it(run: RunDir, in_slurm: Path) -> None:
     rundir.publish_json(run.stop, {"time": rundir.now(), "by": "me"})
-    with usr2_kept():
-        assert node_job(run)() == "stopped"
+    with pytest.raises(SystemExit) as ended:
+        node_job(run)()
+    assert ended.value.code == rundir.EXIT_STOPPED
     assert not run.attempt(0).path.exists()
 
 
