@@ -35,14 +35,19 @@ check: setup  ## lint, types and unit tests, under 2 minutes
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q -m "not processes and not slurm and not full"
 
-# The tests on SLURM wait for its clocks most of their time: they run beside the others, and are told after them.
+# The tests on SLURM wait for its clocks most of their time: they run beside the others, then some of these with them, and
+# are told after them.
+BESIDE := tests/vitdist/test_train.py tests/vitdist/test_interrupted.py
+
 test: setup slurm  ## everything that CI holds, under 15 minutes on 2 cores
 	@$(BIN)/ruff check --quiet . slurm/dev-cluster
 	@$(BIN)/ruff format --quiet --check . slurm/dev-cluster
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -m "slurm and not full" -p no:cacheprovider > .slurm-tests.log 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
-	$(BIN)/python -m pytest -m "not slurm and not full"; rest=$$?; \
-	wait $$slurm; code=$$?; cat .slurm-tests.log; exit $$((rest || code))
+	@{ $(BIN)/python -m pytest -m "slurm and not full" -p no:cacheprovider && \
+	   $(BIN)/python -m pytest -m "not full" -p no:cacheprovider $(BESIDE); } > .beside.log 2>&1 & beside=$$!; \
+	trap "kill $$beside" INT TERM; \
+	$(BIN)/python -m pytest -m "not slurm and not full" $(BESIDE:%=--ignore=%); rest=$$?; \
+	wait $$beside; code=$$?; cat .beside.log; exit $$((rest || code))
 
 test-full: setup slurm  ## whole matrices
 	@$(BIN)/python -m pytest
