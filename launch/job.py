@@ -245,8 +245,3 @@ def here(job: NodeJob) -> Node:
         partition=os.environ.get("SLURM_JOB_PARTITION"),
         end_at=None if local else slurm.end_time(env.job_id),
     )
-
-
-def local_port(run: RunDir, attempt: int) -> int:
-    """Of simulated nodes: known before there is a job, so that `--dry-run` can print it."""
-    return torchrun.port(str(run.path), attempt)

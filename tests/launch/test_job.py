@@ -16,7 +16,6 @@ import pytest
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from launch import job as launch_job
 from launch import node as launch_node
 from launch import rollcall, slurm, torchrun
 from launch.job import NodeJob, RunFailed
@@ -89,7 +88,7 @@ def test_two_nodes_run_to_the_end(run: RunDir, start: Callable[..., Any]) -> Non
     assert (record["state"], record["nodes"], record["processes"], record["cause"]) == ("done", 2, 2, None)
     assert record["scheduler"] == "local"
     assert record["master"] == "127.0.0.1"
-    assert record["port"] == launch_job.local_port(run, 0)
+    assert record["port"] == torchrun.port(str(run.path), 0)
     assert record["ended"] >= record["started"]
     cores = max(1, len(os.sched_getaffinity(0)) // 4)
     for node, rank, devices in ((0, 0, "4,5"), (0, 1, "4,5"), (1, 2, "6,7"), (1, 3, "6,7")):
