@@ -34,6 +34,8 @@ RECORD_S = 1800.0
 """Longest wait for the first node's last word: it exports and writes the report after the others are done."""
 PATIENCE_S = {"slurm": 10.0, "local": 3.0}
 """For what another node writes to reach this one, and for the ranks of a run that lost one to say so."""
+CAUSE_S = {"slurm": 5.0, "local": 15.0}
+"""For the node of the rank that failed first to name it. Nodes on one machine share its cores with all ranks' ends."""
 
 
 class RunFailed(RuntimeError):
@@ -224,7 +226,7 @@ class Node:
 
     def cause(self) -> str:
         """Why the run failed. Where a rank only lost its peer, wait a moment for the peer's side of it."""
-        deadline = time.monotonic() + (PATIENCE_S[self.kind] / 2 if self.nodes > 1 else 0)
+        deadline = time.monotonic() + (CAUSE_S[self.kind] if self.nodes > 1 else 0)
         while True:
             found = why.cause(self.attempt)
             if not found.cascade or time.monotonic() > deadline:
