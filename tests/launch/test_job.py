@@ -159,6 +159,7 @@ def test_S3_a_second_term_ends_it(run: RunDir, start: Callable[..., Any]) -> Non
     controller = start(1, 1, until_asked=True, hang=True)
     until(lambda: read(run.attempt(0).train).get("step", 0) > 0)
     (run.attempt(0).path / "lost").touch()  # the trainer hangs in a collective
+    until((run.attempt(0).path / "hangs").exists)
     controller.terminate()
     until(lambda: "asked to stop" in logs(run))
     controller.terminate()
