@@ -98,10 +98,10 @@ def _rank(start: int, rank: int, world: int, port: int, arguments: list[str]) ->
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - for the life of the process
         sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # type: ignore[misc]  # noqa: SIM115
         console.spare_output()
-        from vitdist import report
         from vitdist import train as trainer
+        from vitdist.report import charts
 
-        report.vega = lambda: "window.vegaEmbed = null;"  # type: ignore[assignment]  # the real scripts take 3 s
+        charts.vega = lambda: "window.vegaEmbed = null;"  # type: ignore[assignment]  # the real scripts take 3 s
         _note_samples(trainer, Path(f"samples-{start}.{rank}"))
         code = trainer.main(arguments)
     except BaseException:

@@ -20,7 +20,7 @@ _PRELOAD = [
     "transformers.models.vit.modeling_vit",
     "transformers.models.vit.image_processing_vit",
     "sklearn.metrics",
-    "vitdist.report",
+    "vitdist.report.page",
     "vitdist.export",
     "vitdist.train",
     "tests.workers",

@@ -594,10 +594,10 @@ def _prune(run: RunDir, steps: list[int]) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from vitdist import report
+    from vitdist.report import page
 
     for run in _runs(args.folder):
-        print(report.write(run))
+        print(page.write(run))
 
 
 def _sync(args: argparse.Namespace) -> int:

@@ -916,10 +916,10 @@ def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", pas
 
 def _finish(run: RunDir, summary: dict[str, Any]) -> None:
     """Write the report and tell where everything lies; a failed report takes nothing from the run."""
-    from vitdist import report
+    from vitdist.report import page
 
     try:
-        report.write(run)
+        page.write(run)
     except Exception:  # the run is complete and saved: say what went wrong and go on
         traceback.print_exc()
         print(f"the report could not be written; try again with: vitdist report {run.path}", file=sys.stderr)

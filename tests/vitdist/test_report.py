@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitdist import config, report, rundir
+from vitdist import config, rundir
 from vitdist.data import index
+from vitdist.report import charts, facts, page, words
 from vitdist.rundir import RunDir
 
 NAMES = ["<script>alert(1)</script>", 'a "quoted" & long_name_' + "x" * 80, "Übergang"]
@@ -166,7 +167,7 @@ def make_run(folder: Path, names: list[str] = NAMES, **record: Any) -> RunDir:
 
 
 def made(run: RunDir) -> Page:
-    return Page(report.write(run).read_text(encoding="utf-8"))
+    return Page(page.write(run).read_text(encoding="utf-8"))
 
 
 # ---- pure parts --------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def test_thinning_keeps_ends_and_spikes(length: int) -> None:
     points = [(i, float(np.sin(i))) for i in range(length)]
     if length > 200:
         points[137], points[150] = (137, 50.0), (150, -50.0)
-    kept = report.thin(points, 100)
+    kept = charts.thin(points, 100)
     assert len(kept) <= 100
     assert kept == sorted(set(kept))
     assert set(kept) <= set(points)
@@ -188,7 +189,7 @@ def test_thinning_keeps_ends_and_spikes(length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "said"),
     [
         (0.4, "0 s"),
         (59.7, "1 min"),
@@ -198,12 +199,12 @@ def test_thinning_keeps_ends_and_spikes(length: int) -> None:
         (183_600, "2 d 3 h"),
     ],
 )
-def test_durations(seconds: float, words: str) -> None:
-    assert report.duration(seconds) == words
+def test_durations(seconds: float, said: str) -> None:
+    assert words.duration(seconds) == said
 
 
 def test_most_confused_pairs_come_first_and_hits_never() -> None:
-    pairs = report.confused(np.array([[5, 1, 0], [0, 2, 6], [0, 0, 9]]))
+    pairs = facts.confused(np.array([[5, 1, 0], [0, 2, 6], [0, 0, 9]]))
     assert pairs == [(1, 2, 6, 0.75), (0, 1, 1, 1 / 6)]
 
 
@@ -213,7 +214,7 @@ def test_settings_that_differ_from_the_defaults() -> None:
         "optim": {"lr": 0.1},
         "model": {"scratch": None},
     }
-    assert report.differing(given) == [
+    assert facts.differing(given) == [
         ("data.train", "a", "required"),
         ("data.val", "b", "required"),
         ("optim.lr", 0.1, 0.001),
@@ -252,15 +253,15 @@ GOOD = "91.7% of the validation samples are classified right (top-1), macro-F1 0
 )
 def test_verdict(tmp_path: Path, record: dict[str, Any], word: str, sentence: str) -> None:
     run = make_run(tmp_path, **record)
-    assert report.verdict(report.read(run)) == (word, sentence)
+    assert words.verdict(facts.read(run)) == (word, sentence)
     assert sentence in made(run).seen()
 
 
 def test_cost_counts_every_rank_and_thread(tmp_path: Path) -> None:
-    facts = report.read(make_run(tmp_path))
-    assert report.cost(facts) == ("12", "CPU core-hours")
-    facts.record["device"] = "NVIDIA H200"
-    assert report.cost(facts) == ("4", "GPU-hours")
+    found = facts.read(make_run(tmp_path))
+    assert words.cost(found) == ("12", "CPU core-hours")
+    found.record["device"] = "NVIDIA H200"
+    assert words.cost(found) == ("4", "GPU-hours")
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def test_page_is_accessible(tmp_path: Path) -> None:
     tags = [tag for tag, _ in page.tags]
     assert tags.count("table") == tags.count("caption")
     assert ("html", {"lang": "en"}) in page.tags
-    assert all(chart["about"] for chart in page.charts)
+    assert all(chart["specification"]["description"] for chart in page.charts)
 
 
 def test_charts_hold_the_curves_without_nan(tmp_path: Path) -> None:
@@ -313,13 +314,14 @@ def test_charts_hold_the_curves_without_nan(tmp_path: Path) -> None:
             json.dumps({"attempt": 0, "train/global_step": 201, "train/loss": math.nan, "optim/grad_norm": math.inf})
         )
         file.write('\n{"attempt": 0, "trai')
-    charts = {tuple(chart["curves"]): chart for chart in made(run).charts}
-    assert charts["training", "validation"]["curves"]["validation"] == [[100, 200], [1.0, 1.0]]
-    assert charts["01_head", "00_embeddings"]["fan"]
-    assert charts["01_head", "00_embeddings"]["log"]
-    assert charts["training", "validation"]["curves"]["training"][0][-1] == 200
-    assert ("loss scale",) in charts
-    assert ("skipped",) in charts
+    shown = {tuple(chart["columns"]): chart for chart in made(run).charts}
+    assert shown["training", "validation"]["columns"]["validation"] == [[100, 200], [1.0, 1.0]]
+    curve = shown["01_head", "00_embeddings"]["specification"]["layer"][0]["encoding"]
+    assert curve["y"]["scale"]["type"] == "log"
+    assert "color-mix" in curve["color"]["scale"]["range"][0]
+    assert shown["training", "validation"]["columns"]["training"][0][-1] == 200
+    assert ("loss scale",) in shown
+    assert ("skipped",) in shown
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,8 @@ def test_restarts_are_told_and_marked(tmp_path: Path) -> None:
     assert "0 to 200 ended without a word 50" in seen
     assert "Start 115 Jan 2027, 08:10 UTC 6 min 40 s 10 min 150 to 300 finished" in seen
     assert "Goodput 85.7%: 300 of 350 steps done were kept, in 2 starts with 6 min 40 s between them." in seen
-    assert all(chart["restarts"] == [[150, "start 1"]] for chart in page.charts)
+    marks = [chart["specification"]["layer"][0]["data"]["values"] for chart in page.charts]
+    assert marks == [[{"x": 150, "t": "start 1"}]] * len(marks)
 
 
 @pytest.mark.parametrize(("classes", "table"), [(1, False), (20, True), (21, False), (450, False)])
@@ -385,7 +388,7 @@ def test_confusion_matrix_suits_the_number_of_classes(tmp_path: Path, classes: i
 
 
 def test_report_imports_no_torch() -> None:
-    code = "import sys, vitdist.report; assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
+    code = "import sys, vitdist.report.page; assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
@@ -401,8 +404,8 @@ def test_the_launcher_knows_of_ends_that_the_trainer_could_not_record(tmp_path: 
 
 def test_commands_resume_this_run_and_reproduce_another(tmp_path: Path) -> None:
     env = {"argv": ["launch/submit.py", "--nodes", "2", "--name", "a", "optim.lr=1e-3"]}
-    assert report.submission(env, "b") == "python launch/submit.py --nodes 2 optim.lr=1e-3 --name b"
-    assert report.submission({"argv": ["vitdist/train.py"]}, "b") == report.submission({}, "b") == ""
+    assert words.submission(env, "b") == "python launch/submit.py --nodes 2 optim.lr=1e-3 --name b"
+    assert words.submission({"argv": ["vitdist/train.py"]}, "b") == words.submission({}, "b") == ""
     run = make_run(tmp_path, state="stopped", reason="SIGTERM")
     rundir.publish_json(run.env, {"argv": ["launch/submit.py"]})
     seen = made(run).seen()
@@ -432,7 +435,7 @@ def test_the_fault_of_a_rank_is_the_cause_and_not_what_it_led_to(tmp_path: Path)
 def test_a_fault_ends_a_start_whose_trainer_could_not_say_so(tmp_path: Path) -> None:
     run = make_run(tmp_path, state="running", ended=None)
     note_fault(run, 0, 0, step=230)
-    (start,) = report.read(run).starts
+    (start,) = facts.read(run).starts
     assert (start.state, start.last, start.ended) == ("failed", 230, 1.8e9 + 300)
 
 
@@ -441,14 +444,14 @@ def test_starts_that_never_trained_undo_nothing(tmp_path: Path) -> None:
     early = {"state": "failed", "step": 0, "started": "2026-11-23T11:00:30+00:00", "ended": "2026-11-23T11:01:00+00:00"}
     rundir.publish_json(run.attempt(1).train, early)
     rundir.publish_json(run.attempt(2).train, early | {"resumed_from": 190, "step": 200, "state": "done"})
-    starts = report.read(run).starts
-    assert report.undone(starts) == [10, 0, 0]
-    assert report.waits(starts) == [None, 30.0, 0.0]
-    assert report.goodput(starts) == (
+    starts = facts.read(run).starts
+    assert facts.undone(starts) == [10, 0, 0]
+    assert facts.waits(starts) == [None, 30.0, 0.0]
+    assert words.goodput(starts) == (
         "Goodput 95.2%: 200 of 210 steps done were kept, in 3 starts with 30 s between them."
     )
     assert "none" in made(run).seen()
-    assert report.goodput([]) == ""
+    assert words.goodput([]) == ""
 
 
 @pytest.mark.parametrize("count", [3, 40])

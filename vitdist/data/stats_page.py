@@ -133,7 +133,7 @@ def section(title: str, *parts: Markup) -> Markup:
 
 def page(stats: Stats) -> str:
     """The whole page as text."""
-    style = (Path(__file__).parents[1] / "report.css").read_text(encoding="utf-8") + _STYLE
+    style = (Path(__file__).parents[1] / "report" / "page.css").read_text(encoding="utf-8") + _STYLE
     folders = ", ".join(part.folder for part in stats.splits.values())
     return html(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{folders}: vitdist stats</title>\n'

@@ -1,0 +1,295 @@
+"""The charts of a report: which curves they show, and how they are drawn, by Vega-Lite, on the page and in files."""
+
+# Vega-Lite's JavaScript is brought by vl-convert: both are kept by the Vega project. It answers to the pointer, and
+# takes CSS variables for colours, so one drawing serves light, dark and print. 0.9 MB and 1.8 s of a page. Altair
+# would write the same charts for 0.7 s of import and 2 s of checking its own output; matplotlib's SVG (0.9 s of
+# import) has fixed colours and answers to nothing.
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import vl_convert
+
+from vitdist.report.facts import Facts, Points
+from vitdist.report.words import percent
+
+POINTS = 600  # of a curve: with the extremes of each bucket kept, as many as a chart has pixels
+FAN_POINTS = 100  # of each layer's learning rate: smooth, and there may be 34 of them
+SPARSE = 60  # points up to which each one is marked
+
+Specification = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps, thinned to what can be seen."""
+
+    name: str
+    """Of its files."""
+    title: str
+    about: str
+    """A sentence under the title; empty where the title says all."""
+    curves: dict[str, Points]
+    restarts: list[tuple[int, str]] = field(default_factory=list)
+    """(step, label) of dashed lines."""
+    format: str = "~g"
+    """Of values, in d3's notation."""
+    log: bool = False
+    zero: bool = False
+    """Whether the axis begins at 0."""
+    stairs: bool = False
+    fan: bool = False
+    """Colours run from the first curve to the last."""
+
+
+def of(facts: Facts, name: str, title: str, about: str, keys: dict[str, str], **form: Any) -> Chart | None:
+    """The chart of `keys` (name of a curve -> key of a row); None without a curve of two points."""
+    lowest = 0.0 if form.get("log") else -math.inf
+    found = {name: [p for p in facts.series(key) if p[1] > lowest] for name, key in keys.items()}
+    limit = FAN_POINTS if form.get("fan") else POINTS
+    curves = {name: thin(points, limit) for name, points in found.items() if len(points) > 1}
+    marks = [(s.first, f"start {s.number}") for s in facts.starts[1:] if s.last > s.first]
+    return Chart(name, title, about, curves, marks, **form) if curves else None
+
+
+def thin(points: Sequence[tuple[int, float]], limit: int) -> Points:
+    """At most `limit` of `points`: both ends, lowest and highest of each bucket, so that no spike is lost."""
+    if len(points) <= limit:
+        return list(points)
+    values = np.array([v for _, v in points])
+    kept = {0, len(points) - 1}
+    for part in np.array_split(np.arange(len(points)), (limit - 2) // 2):
+        kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
+    return [points[i] for i in sorted(kept)]
+
+
+# ---- which there are ---------------------------------------------------------------------------
+
+
+def losses(facts: Facts) -> Chart | None:
+    dashed = " Dashed: a restart from a checkpoint." if len(facts.starts) > 1 else ""
+    text = f"Smoothed labels and augmentation raise that of training.{dashed}"
+    return of(facts, "loss", "Loss", text, {"training": "train/loss", "validation": "val/loss"})
+
+
+def quality(facts: Facts) -> Chart | None:
+    top1, best = max(((v, -s) for s, v in facts.series("val/top1")), default=(0.0, 0))
+    keys = {"top-1": "val/top1", "macro-F1": "val/macro_f1"}
+    return of(facts, "quality", "Quality", f"Best top-1 {percent(top1)}, at step {-best:,}.", keys, format="~%")
+
+
+def peaks(facts: Facts) -> dict[str, float]:
+    """Layer group -> highest learning rate, from the head down."""
+    keys = sorted({key for row in facts.rows for key in row if key.startswith("lr/")}, reverse=True)
+    found = {key[3:]: facts.series(key) for key in keys}
+    return {name: max(v for _, v in points) for name, points in found.items() if points}
+
+
+def rates(facts: Facts) -> Chart | None:
+    text, highest = "", peaks(facts)
+    if len(highest) > 1:
+        (top, high), *_, (bottom, low) = highest.items()
+        text = f"At the peak from {high:.2g} ({top}) down to {low:.2g} ({bottom}); logarithmic axis."
+    keys = {name: f"lr/{name}" for name in highest}
+    return of(facts, "learning-rates", "One line a layer", text, keys, format="~e", log=True, fan=True)
+
+
+def gradient(facts: Facts) -> Chart | None:
+    clip = (facts.settings.get("optim") or {}).get("clip")
+    about = f"Before it is clipped at {clip:g}." if clip else "Not clipped."
+    return of(facts, "gradient-norm", "Gradient norm", about, {"gradient norm": "optim/grad_norm"}, log=True)
+
+
+def loss_scale(facts: Facts) -> Chart | None:
+    """Of fp16 alone."""
+    if facts.record.get("precision") != "fp16" or not facts.series("optim/skipped_steps"):
+        return None
+    about, keys = "Halved at overflows, then doubled again.", {"loss scale": "optim/loss_scale"}
+    return of(facts, "loss-scale", "Loss scale", about, keys, format=".2s", log=True, stairs=True)
+
+
+def skipped(facts: Facts) -> Chart | None:
+    """Where an update was skipped."""
+    points = facts.series("optim/skipped_steps")
+    if not points or not points[-1][1]:
+        return None
+    about, keys = "Counted from the first.", {"skipped": "optim/skipped_steps"}
+    return of(facts, "skipped-updates", "Skipped updates", about, keys, zero=True, stairs=True)
+
+
+def throughput(facts: Facts) -> Chart | None:
+    about, keys = "Of all ranks, training alone.", {"images/s": "perf/images_per_s"}
+    return of(facts, "throughput", "Images per second", about, keys, format=",~f", zero=True)
+
+
+def waiting(facts: Facts) -> Chart | None:
+    about, keys = "Percent of the time in which training stood still for data.", {"data wait": "perf/data_wait_pct"}
+    return of(facts, "data-wait", "Waiting for data", about, keys, zero=True)
+
+
+CHARTS = (losses, quality, rates, gradient, loss_scale, skipped, throughput, waiting)
+
+# ---- how they are drawn ------------------------------------------------------------------------
+
+
+@functools.cache
+def vega() -> str:
+    """Vega, Vega-Lite and vegaEmbed as one script; 1.8 s of work."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
+def themed(name: str) -> str:
+    """A colour of page.css by its name there."""
+    return f"var(--{name})"
+
+
+def config(colour: Callable[[str], str]) -> Specification:
+    """Vega-Lite's look for every chart."""
+    line, muted, ink = colour("line"), colour("muted"), colour("ink")
+    return {
+        "background": "transparent",
+        "padding": {"left": 0, "right": 6, "top": 4, "bottom": 4},
+        "view": {"stroke": None},
+        "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif",
+        "axis": {
+            "labelColor": muted,
+            "titleColor": muted,
+            "gridColor": line,
+            "domainColor": line,
+            "labelFontSize": 11,
+            "titleFontSize": 11,
+            "titleFontWeight": "normal",
+            "titlePadding": 6,
+            "labelPadding": 5,
+            "ticks": False,
+        },
+        "axisX": {"grid": False},
+        "legend": {
+            "labelColor": ink,
+            "labelFontSize": 12,
+            "symbolStrokeWidth": 2.5,
+            "symbolSize": 160,
+            "offset": 4,
+            "padding": 0,
+        },
+    }
+
+
+def columns(chart: Chart) -> dict[str, tuple[list[int], list[float]]]:
+    """The points of each curve as (steps, values), the values to four digits."""
+    return {
+        name: ([s for s, _ in points], [float(f"{v:.4g}") for _, v in points]) for name, points in chart.curves.items()
+    }
+
+
+def specification(chart: Chart, colour: Callable[[str], str] = themed) -> Specification:
+    """The Vega-Lite specification of `chart` over a dataset "points" of {k: curve, x: step, y: value}, to be added.
+
+    `colour` gives the colours called c1, c2, ..., line, muted and ink.
+    """
+    names = list(chart.curves)
+    points = [point for curve in chart.curves.values() for point in curve]
+    steps, levels = [s for s, _ in points], [v for _, v in points]
+    hues = [
+        _between(i / max(1, len(names) - 1), colour) if chart.fan else colour(f"c{i + 1}") for i in range(len(names))
+    ]
+    x = {
+        "field": "x",
+        "type": "quantitative",
+        "title": "step",
+        "axis": {"format": ",d", "tickCount": 5},
+        "scale": {"domain": [min(steps), max(steps)], "nice": False},
+    }
+    axis = {"format": chart.format, "tickCount": 5}
+    if found := ticks(levels, chart.stairs) if chart.log else None:
+        axis["values"] = found
+    if chart.stairs:
+        axis["tickMinStep"] = 1
+    wide = {"type": "log", "nice": False, "domain": [0.85 * min(levels), 1.15 * max(levels)]}
+    y = {"field": "y", "type": "quantitative", "title": None, "axis": axis}
+    y["scale"] = wide if chart.log else {"zero": chart.zero}
+    legend = {"title": None, "orient": "top", "symbolType": "stroke"} if len(names) > 1 and not chart.fan else None
+    color = {"field": "k", "type": "nominal", "scale": {"domain": names, "range": hues}, "legend": legend}
+    encoding = {"x": x, "y": y, "color": color}
+    zoom = {
+        "name": "zoom",
+        "bind": "scales",
+        "select": {"type": "interval", "encodings": ["x"], "zoom": "wheel![event.ctrlKey]", "translate": False},
+    }
+    near = {
+        "name": "near",
+        "select": {
+            "type": "point",
+            "fields": ["x", "k"],
+            "nearest": True,
+            "on": "pointermove",
+            "clear": "pointerout",
+        },
+    }
+    # A list of fields shows names as "undefined" under `nearest` up to Vega-Lite 6.4 (vega/vega-lite#9707).
+    at = "(datum.datum || datum)"
+    said = f'{{curve: {at}.k, step: format({at}.x, ",d"), value: format({at}.y, "{chart.format}")}}'
+    seen = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
+    shape = "step-after" if chart.stairs else "linear"
+    layer: list[Specification] = [
+        {
+            "params": [zoom],
+            "mark": {"type": "line", "strokeWidth": 1.6, "clip": True, "interpolate": shape},
+            "encoding": encoding,
+        },
+        {
+            "params": [near],
+            "mark": {"type": "point", "filled": True, "size": 70},
+            "encoding": {**encoding, "tooltip": {"value": {"expr": said}}, "opacity": seen},
+        },
+    ]
+    if few := [name for name, curve in chart.curves.items() if len(curve) <= SPARSE and not chart.fan]:
+        layer.insert(
+            1,
+            {
+                "transform": [{"filter": {"field": "k", "oneOf": few}}],
+                "mark": {"type": "point", "filled": True, "size": 22, "opacity": 1, "clip": True},
+                "encoding": encoding,
+            },
+        )
+    if chart.restarts:
+        step = {"field": "x", "type": "quantitative", "title": "step", "format": ",d"}
+        hint = [{"field": "t", "type": "nominal", "title": "start"}, step]
+        layer.insert(
+            0,
+            {
+                "data": {"values": [{"x": at, "t": label} for at, label in chart.restarts]},
+                "mark": {"type": "rule", "strokeDash": [3, 4], "color": colour("muted"), "clip": True},
+                "encoding": {"x": x, "tooltip": hint},
+            },
+        )
+    return {
+        "width": "container",
+        "height": 220,
+        "data": {"name": "points"},
+        "config": config(colour),
+        "description": f"{chart.title}. {chart.about}",
+        "layer": layer,
+    }
+
+
+def ticks(values: Iterable[float], stairs: bool) -> list[float] | None:
+    """Where a logarithmic axis is labelled: at the values themselves of few stairs, at round ones of a curve."""
+    levels = sorted(set(values))
+    if stairs:
+        return levels if len(levels) <= 8 else None
+    low, high = levels[0], levels[-1]
+    digits = (1, 2, 5) if high / low < 100 else (1,)
+    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    # The text of a number keeps 1e-05 from becoming 1.0000000000000001e-05.
+    found = [value for power in powers for d in digits if low <= (value := float(f"{d}e{power}")) <= high]
+    return found if len(found) > 1 else None
+
+
+def _between(share: float, colour: Callable[[str], str]) -> str:
+    """A colour on the way from c1 to c2."""
+    return f"color-mix(in oklch increasing hue, {colour('c2')} {100 * share:.4g}%, {colour('c1')})"

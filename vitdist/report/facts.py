@@ -1,0 +1,207 @@
+"""What a run folder says, collected for a report: settings, records of all starts, rows, the newest evaluation.
+
+It is read without torch, at any moment of a run; what is missing is left empty.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from vitdist import config, faults, rundir
+from vitdist.config import Config
+from vitdist.data import index
+from vitdist.data.index import Index
+from vitdist.rundir import RunDir
+
+PAIRS = 10
+
+Record = dict[str, Any]
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One attempt as the report tells it; times in seconds since 1970."""
+
+    number: int
+    state: str
+    why: str
+    where: str
+    began: float | None
+    ended: float | None
+    first: int
+    """Steps done when it began."""
+    last: int
+    """Steps done at its end; of one that was killed as far as rows tell, so at least."""
+    trained: bool
+    """Whether it came as far as going on with the training."""
+    remedy: str
+    """What to do about its end, if a rank noted what that was."""
+    events: list[Record]
+    left_out: int
+    """Events beyond those that its record holds."""
+
+    @property
+    def seconds(self) -> float:
+        # Two hosts' clocks may disagree.
+        return max(0.0, self.ended - self.began) if self.ended and self.began else 0.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run folder says; `record` is the newest that a trainer wrote (see rundir.state)."""
+
+    run: RunDir
+    settings: Record
+    env: Record
+    record: Record
+    starts: list[Start]
+    rows: list[Record]
+    evaluation: Record
+
+    def about(self, name: str) -> Record:
+        """A part of the trainer's record, {} where it is missing."""
+        return self.record.get(name) or {}
+
+    def series(self, key: str) -> Points:
+        """(step, value) of one figure, without gaps, infinities and NaN."""
+        found = ((row["train/global_step"], row.get(key)) for row in self.rows)
+        return [(s, float(v)) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
+
+    def middle(self, key: str) -> float | None:
+        """Median of one figure over the run."""
+        points = self.series(key)
+        return float(np.median([v for _, v in points])) if points else None
+
+    @property
+    def seconds(self) -> float:
+        return sum(start.seconds for start in self.starts)
+
+    @property
+    def scores(self) -> Record:
+        """Figures of the newest evaluation, {} before the first one."""
+        return self.evaluation.get("metrics") or self.about("summary")
+
+
+def read(run: RunDir) -> Facts:
+    """Collect a run folder; missing files give empty records."""
+    reached, attempts = _reached(run), run.attempts()
+    starts = [_start(a, a is attempts[-1], *reached.get(a.number, (0, None))) for a in attempts]
+    record = rundir.state(run)
+    if starts:  # a killed trainer's record says "running" for ever; the launcher may know more
+        record = {**record, "state": starts[-1].state}
+    return Facts(
+        run=run,
+        settings=config.read_yaml(run.config) if run.config.exists() else {},
+        env=rundir.read_json(run.env) or {},
+        record=record,
+        starts=starts,
+        rows=rundir.rows(run),
+        evaluation=rundir.read_json(run.evaluation) or {},
+    )
+
+
+def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None) -> Start:
+    record, job = rundir.read_json(attempt.train) or {}, rundir.read_json(attempt.job) or {}
+    noted = faults.read(attempt)
+    fault = faults.root(noted) or next(iter(noted), None)
+    state = record.get("state", "running")
+    if state == "running":
+        known = job.get("state") in ("done", "failed", "refused", "stopped", "requeued")
+        # lost: no one lived to say how it ended
+        state = job["state"] if known else "failed" if fault else "running" if newest else "lost"
+    if state in ("done", "stopped"):
+        fault = None  # a rank that lost the others while all were leaving
+    error, first = record.get("error"), record.get("resumed_from") or 0
+    why = f"{error['type']}: {error['message']}" if error else record.get("reason") or job.get("cause") or ""
+    if fault:
+        host, at = fault.host and f" on {fault.host}", fault.where and f" at {fault.where}"
+        what = f"rank {fault.rank}{host}, step {fault.step:,}, {fault.phase}{at}"
+        why = f"{fault.word.replace('_', ' ')} ({what}): {fault.type}: {fault.message}"
+    hosts = job.get("hosts") or []
+    nodes = ", ".join(hosts[:8]) + (" ..." if hosts[8:] else "")
+    began, ended = (record.get(key) or job.get(key) for key in ("started", "ended"))
+    seen = max(fault.time, seen or 0.0) if fault else seen
+    return Start(
+        number=attempt.number,
+        state=state,
+        why=why,
+        where=f"Job {job['job_id']} on {nodes}" if hosts else "",
+        began=datetime.fromisoformat(began).timestamp() if began else None,
+        ended=datetime.fromisoformat(ended).timestamp() if ended else seen,
+        first=first,
+        last=max(record.get("step") or 0, step, first, fault.step if fault else 0),
+        trained="resumed_from" in record,
+        remedy=faults.WORDS.get(fault.word, "") if fault else "",
+        events=list(record.get("events") or ()),
+        left_out=record.get("events_left_out", 0),
+    )
+
+
+def undone(starts: Sequence[Start]) -> list[int]:
+    """Of each start the steps that came to nothing: those beyond the one that the next training start went on from."""
+    lost = []
+    for i, start in enumerate(starts):
+        following = next((later for later in starts[i + 1 :] if later.trained), None)
+        lost.append(max(0, start.last - max(start.first, following.first)) if start.trained and following else 0)
+    return lost
+
+
+def waits(starts: Sequence[Start]) -> list[float | None]:
+    """Seconds from the end of the start before to the beginning of each; None where that is not known."""
+    found: list[float | None] = [None] if starts else []
+    for before, start in itertools.pairwise(starts):
+        found.append(max(0.0, start.began - before.ended) if start.began and before.ended else None)
+    return found
+
+
+def _reached(run: RunDir) -> dict[int, tuple[int, float | None]]:
+    """Attempt -> (step, time) of its last row, later undone or not: a killed trainer says no more."""
+    found: dict[int, tuple[int, float | None]] = {}
+    for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, of a writer that was killed
+        earlier = found.get(row["attempt"], (0, None))[1]
+        found[row["attempt"]] = row["train/global_step"], row.get("time", earlier)
+    return found
+
+
+def differing(settings: Record) -> list[tuple[str, Any, Any]]:
+    """(dotted name, value, default) of settings that are not the default; "required" where there is none."""
+    rows = []
+    for name, _, default, _ in config.flat(Config):
+        value: Any = settings
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        usual = "required" if default is ... else config.to_plain(default)
+        if value is not None and value != usual:
+            rows.append((name, value, usual))
+    return rows
+
+
+def confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
+    """(true, predicted, samples, share of the true class) of the mistakes made most often."""
+    off = confusion.copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:PAIRS]
+    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, off.shape), strict=True)]
+    return [(i, j, int(off[i, j]), float(off[i, j] / confusion[i].sum())) for i, j in pairs if off[i, j]]
+
+
+def class_counts(facts: Facts, kind: str) -> dict[str, int]:
+    """Class -> samples of "train" or "val" as indexed, or {} where the shards are out of reach."""
+    try:
+        given = facts.settings["data"][kind]
+        shards = index.join([Index.open(folder) for folder in ([given] if isinstance(given, str) else given)])
+    except (OSError, ValueError, KeyError):
+        scores = facts.evaluation.get("per_class", ()) if kind == "val" else ()
+        return {c["name"]: c["support"] for c in scores}
+    return dict(zip(shards.classes, shards.counts, strict=True))

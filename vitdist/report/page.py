@@ -1,0 +1,450 @@
+"""The report as one page, runs/NAME/report.html, that opens from disk without a network.
+
+    vitdist report runs/NAME
+
+page.css and page.js are put into it, the pictures and the scripts of the charts too.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from vitdist import rundir
+from vitdist.data.index import Index
+from vitdist.report import charts
+from vitdist.report.charts import Chart
+from vitdist.report.facts import Facts, Start, class_counts, confused, differing, read, undone, waits
+from vitdist.report.markup import bar, command, data_uri, folded, html, join, listing, note, pair, section, table, wrap
+from vitdist.report.words import cost, duration, figure, goodput, moment, percent, submission, verdict
+from vitdist.rundir import RunDir
+
+MATRIX = 20  # classes up to which a confusion matrix is a table that can be read
+LISTED = 16  # classes or pictures shown before the rest is folded away
+SQUARES = 200  # on a side of the picture of more: smaller ones cannot be seen
+THUMB = 96
+
+ENDS = {"done": "finished", "stopped": "stopped and saved", "lost": "ended without a word"}
+
+
+def write(run: RunDir) -> Path:
+    """Make the report of `run`, whatever its state; returns its path. Raises ValueError for bad records."""
+    rundir.publish(run.report, page(read(run)))
+    return run.report
+
+
+def page(facts: Facts) -> str:
+    """The whole page as text."""
+    here = Path(__file__)
+    scripts = [charts.vega(), here.with_suffix(".js").read_text(encoding="utf-8")]
+    # Only these two may run and nothing may be loaded, whatever a class is called.
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    sections = (head, what_ran, curves, rates, optimizer, speed, classes, mistakes, reliability, commands)
+    return html(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: vitdist report</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        "<style>\n{css}</style></head>\n<body><main>\n{body}\n</main>\n{scripts}</body></html>\n",
+        name=facts.run.name,
+        policy=policy,
+        css=Markup(here.with_suffix(".css").read_text(encoding="utf-8")),
+        body=join(make(facts) for make in sections),
+        scripts=join(Markup(f"<script>{script}</script>") for script in scripts),
+    )
+
+
+def head(facts: Facts) -> Markup:
+    """The verdict, and the figures that one looks for first."""
+    word, sentence = verdict(facts)
+    scores, (hours, unit) = facts.scores, cost(facts)
+    fast = facts.about("summary").get("images_per_s") or facts.middle("perf/images_per_s")
+    tiles = [
+        ("top-1", percent(scores["top1"]) if "top1" in scores else ""),
+        ("macro-F1", f"{scores['macro_f1']:.3f}" if "macro_f1" in scores else ""),
+        ("balanced accuracy", percent(scores["balanced_accuracy"]) if "balanced_accuracy" in scores else ""),
+        ("time", duration(facts.seconds) if facts.seconds else ""),
+        (unit, hours if facts.seconds else ""),
+        ("images/s", figure(round(fast) if fast > 10 else fast) if fast else ""),
+    ]
+    counts = class_counts(facts, "val").values() if scores else ()
+    largest = percent(max(counts) / sum(counts)) if counts else ""
+    naive = f"Always naming the largest class would be right for {largest}." if largest else ""
+    return html(
+        '<header><p class="note">vitdist report · {}</p><h1>{} <span class="badge {}">{}</span></h1>'
+        '<p class="verdict">{}</p>{}{}</header>',
+        moment(datetime.now(UTC).timestamp()),
+        facts.run.name,
+        word,
+        word,
+        sentence,
+        listing(tiles, "tiles"),
+        note(naive),
+    )
+
+
+def what_ran(facts: Facts) -> Markup:
+    """Model, data, batch, engine, code, and the settings that differ from the defaults."""
+    record, env, model, batch = facts.record, facts.env, facts.about("model"), facts.about("batch")
+    sets = {kind: facts.about("data").get(kind) or {} for kind in ("train", "val")}
+    sizes = {k: f"{s['samples']:,} samples, digest {s['digest'][:12]}" for k, s in sets.items() if s}
+    zero = f"ZeRO-{record['zero']}" if record.get("zero") else "every rank holds all"
+    versions = env.get("versions") or env.get("packages") or facts.about("versions")
+    code = (env.get("commit") or "")[:12] + (" with uncommitted changes" if env.get("dirty") else "")
+    settings = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
+    split = "{global_batch} = {micro_batch} x {accumulation} x {world} ranks"
+    title = "Settings that are not the default"
+    columns = ("setting", "value", "default")
+    known = [
+        ("model", model.get("name")),
+        ("weights", model.get("weights")),
+        ("parameters", f"{model['parameters']:,}, of which {model['trainable']:,} trained" if model else ""),
+        ("training set", sizes.get("train")),
+        ("validation set", sizes.get("val")),
+        ("batch", split.format(**batch) if batch else ""),
+        ("engine", f"{record['precision']}, {zero}" if "precision" in record else ""),
+        ("ran on", f"{record['world']} x {record.get('device', 'rank')}" if "world" in record else ""),
+        ("host", env.get("host")),
+        ("code", code),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    return section(
+        "What ran",
+        pair(
+            wrap("<div>{}</div>", listing(known), table(columns, settings, title, "settings")),
+            wrap("<div>{}</div>", balance(class_counts(facts, "train"))),
+        ),
+    )
+
+
+def balance(counts: dict[str, int]) -> Markup:
+    """Samples of each class as bars; of many classes the largest and the smallest."""
+    order = sorted(counts.items(), key=lambda item: -item[1])
+    if not order:
+        return Markup()
+    most, least, half = order[0][1], order[-1][1], LISTED // 2
+    shown = order if len(order) <= MATRIX else order[:half] + order[-half:]
+    rows: list[tuple[str, Any]] = [(name, bar(n / max(1, most), f"{n:,}")) for name, n in shown]
+    if len(shown) < len(order):
+        rows.insert(half, (f"… {len(order) - len(shown)} classes between …", ""))
+    ratio = f", the largest {most / least:.3g} times the smallest" if least and most > least else ""
+    what = f"{len(order):,} classes{ratio}" if len(order) > 1 else "One class"
+    return table(("class", "training samples"), rows, what, "bars")
+
+
+def drawn(chart: Chart | None) -> Markup:
+    """A figure that page.js draws; nothing of no chart."""
+    if chart is None:
+        return Markup()
+    data = {"columns": charts.columns(chart), "specification": charts.specification(chart)}
+    # A closing tag in a name would end the script element.
+    inside = Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+    return html(
+        '<figure><figcaption><h3>{}</h3><p>{}</p></figcaption><div class="chart"></div>'
+        '<script type="application/json">{}</script></figure>',
+        chart.title,
+        chart.about,
+        inside,
+    )
+
+
+def curves(facts: Facts) -> Markup:
+    """Losses and validation quality over the run."""
+    figures = pair(drawn(charts.losses(facts)), drawn(charts.quality(facts)))
+    instead = "The charts need JavaScript; their numbers are in metrics.jsonl."
+    hint = "Point at a curve for its numbers; zoom with Ctrl and the wheel, back with a double click."
+    bare = wrap("<noscript>{}</noscript>", note(instead))
+    return section("Learning curves", *([bare, figures, note(hint)] if figures else []))
+
+
+def rates(facts: Facts) -> Markup:
+    """Learning rate of each layer group, as a fan, and the table of groups."""
+    names, scale = list(charts.peaks(facts)), Markup()
+    if len(names) > 1:
+        scale = html('<p class="fan">{}<i aria-hidden="true"></i>{}</p>', names[0], names[-1])
+    columns = ("name", "lr_scale", "weight_decay", "tensors", "parameters")
+    groups = [[figure(group.get(column)) for column in columns] for group in facts.record.get("groups") or ()]
+    return section(
+        "Learning rate of each layer",
+        drawn(charts.rates(facts)),
+        scale,
+        folded(
+            f"{len(groups)} parameter groups",
+            table(("group", "rate x", "weight decay", "tensors", "parameters"), groups, "Parameter groups"),
+        ),
+    )
+
+
+def optimizer(facts: Facts) -> Markup:
+    """Gradient norm; in fp16 the loss scale and the updates skipped for it."""
+    text, points = "", facts.series("optim/skipped_steps")
+    if facts.record.get("precision") == "fp16" and points:
+        text = f"{points[-1][1]:.0f} of {points[-1][0]:,} updates were skipped for an overflow."
+    shown = (charts.gradient, charts.loss_scale, charts.skipped)
+    return section("Optimizer", note(text), pair(*(drawn(chart(facts)) for chart in shown)))
+
+
+def speed(facts: Facts) -> Markup:
+    """Throughput and what it was lost to."""
+    names = {
+        "images/s": "perf/images_per_s",
+        "% of the time waiting for data": "perf/data_wait_pct",
+        "% of the FLOPs that the GPU can do": "perf/mfu_pct",
+        "GiB of GPU memory": "perf/memory_gib",
+    }
+    found = [(facts.middle(key), name) for name, key in names.items()]
+    medians = ", ".join(f"{figure(value)} {name}" for value, name in found if value is not None)
+    return section(
+        "Speed",
+        note(f"Medians over the run: {medians}." if medians else ""),
+        pair(drawn(charts.throughput(facts)), drawn(charts.waiting(facts))),
+    )
+
+
+def classes(facts: Facts) -> Markup:
+    """Scores of each class, the confusion matrix, the mistakes made most often."""
+    found = facts.evaluation
+    if not found:
+        return Markup()
+    names, confusion = found["classes"], np.array(found["confusion"])
+    rows = [
+        (
+            c["name"],
+            f"{c['support']:,}",
+            bar(c["precision"], percent(c["precision"])),
+            bar(c["recall"], percent(c["recall"])),
+            f"{c['f1']:.3f}",
+        )
+        for c in sorted(found["per_class"], key=lambda c: c["f1"])
+    ]
+    columns = ("class", "samples", "precision", "recall", "F1")
+    few = LISTED if len(rows) > MATRIX else len(rows)
+    rest = f"The other {len(rows) - few:,} classes"
+    title = f"The {few} hardest of {len(rows):,}" if few < len(rows) else "Every class, the hardest first"
+    pairs = [
+        (html("{} <i>taken for</i> {}", names[i], names[j]), f"{n:,}", percent(share))
+        for i, j, n, share in confused(confusion)
+    ]
+    often = table(("mistake", "samples", "of class"), pairs, "Mistakes made most often", "pairs")
+    both = [matrix(names, confusion), often] if len(names) > 1 else []
+    return section(
+        "Classes",
+        note(f"Measured on {int(confusion.sum()):,} validation samples at step {found['step']:,}."),
+        table(columns, rows[:few], title, "scores"),
+        folded(rest, table(columns, rows[few:], rest, "scores")),
+        wrap("<h3>Confusion</h3>{}", *(both if 10 < len(names) <= MATRIX else [pair(*both)])),
+    )
+
+
+def matrix(names: list[str], confusion: np.ndarray) -> Markup:
+    """Rows the true class, columns the predicted one: a table of a few classes, a picture of many."""
+    share = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    key = "Rows: the true class; columns: the predicted one; stronger: more of the class."
+    if len(names) > MATRIX:
+        side = -(-len(names) // SQUARES)
+        edges = np.arange(0, len(names), side)
+        share = np.maximum.reduceat(np.maximum.reduceat(share, edges), edges, axis=1)
+        # The value is in the alpha channel, so that the picture suits a light page and a dark one.
+        pixels = np.zeros((*share.shape, 4), np.uint8)
+        pixels[..., :3] = (213, 94, 0)
+        pixels[np.eye(len(share), dtype=bool), :3] = (0, 114, 178)
+        pixels[..., 3] = np.round(255 * np.sqrt(share))
+        key += f" {len(names):,} classes in their order; blue right, orange wrong."
+        key += f" A square is the strongest of {side} x {side} pairs." if side > 1 else ""
+        return html(
+            '<figure class="matrix"><figcaption>{}</figcaption><img src="{}" '
+            'alt="Confusion matrix; the table next to it names the mistakes made most often."></figure>',
+            key,
+            data_uri(Image.fromarray(pixels)),
+        )
+    heads = join(html('<th scope="col" title="{0}"><span>{0}</span></th>', name) for name in names)
+    lines = []
+    for i, line in enumerate(confusion):
+        cells = join(
+            html(
+                '<td class="{}" style="--v:{:.0f}%" title="{} taken for {}">{}</td>',
+                "hit" if i == j else "miss",
+                100 * math.sqrt(share[i, j]),
+                names[i],
+                names[j],
+                int(n) or "",
+            )
+            for j, n in enumerate(line)
+        )
+        lines.append(html('<tr><th scope="row" title="{0}"><span>{0}</span></th>{1}</tr>', names[i], cells))
+    return html(
+        '<div><table class="confusion"><caption>{}</caption><thead><tr><td></td>{}</tr></thead>'
+        "<tbody>{}</tbody></table></div>",
+        key,
+        heads,
+        join(lines),
+    )
+
+
+def mistakes(facts: Facts) -> Markup:
+    """The most confident mistakes as pictures out of the validation shards."""
+    if not facts.evaluation or not facts.run.predictions.exists():
+        return Markup()
+    with np.load(facts.run.predictions) as kept:
+        ids, labels, predicted, sure = (kept[name] for name in ("ids", "labels", "predicted", "confidence"))
+    wrong, names = np.flatnonzero(labels != predicted), facts.evaluation["classes"]
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:LISTED]
+    text = f"{len(wrong):,} of {len(labels):,} validation samples are classified wrong"
+    try:
+        shards = Index.open(facts.settings["data"]["val"])
+        pictures = [(k, shards.source(int(ids[k])), thumbnail(shards.image(int(ids[k])))) for k in worst]
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        return section("Worst mistakes", note(f"{text}; their pictures cannot be read here: {error}"))
+    items = [
+        html(
+            '<li><img src="{0}" title="{1}" alt="Validation sample {2}: is {3}, was taken for {4}">'
+            "<p><b>{3}</b></p><p>taken for <b>{4}</b>, {5}</p></li>",
+            picture,
+            source,
+            ids[k],
+            names[labels[k]],
+            names[predicted[k]],
+            percent(sure[k]),
+        )
+        for k, source, picture in pictures
+    ]
+    text += "; below, those that the model was surest of: look for wrong labels first." if items else "."
+    return section("Worst mistakes", note(text), wrap('<ul class="pictures">{}</ul>', *items))
+
+
+def thumbnail(stored: bytes) -> str:
+    """A small picture as data URI; a tiny one enlarged to squares instead of a blur. Raises OSError."""
+    with Image.open(io.BytesIO(stored)) as file:
+        picture = file.convert("RGB")
+    times = THUMB // max(picture.size)
+    if times > 1:
+        size = picture.width * times, picture.height * times
+        return data_uri(picture.resize(size, Image.Resampling.NEAREST))
+    picture.thumbnail((THUMB, THUMB))
+    return data_uri(picture, "JPEG")
+
+
+def reliability(facts: Facts) -> Markup:
+    """What interruptions cost: each attempt from which step to which, how it ended and why; what was met on the way."""
+    return section(
+        "Reliability",
+        note(goodput(facts.starts)),
+        timeline(facts),
+        causes(facts.starts),
+        happenings(facts.starts),
+    )
+
+
+def timeline(facts: Facts) -> Markup:
+    """A line for each start, with a bar from its first step to its last."""
+    total = max(facts.record.get("total_steps") or 0, *(s.last for s in facts.starts), 1)
+    rows = []
+    for start, lost, wait in zip(facts.starts, undone(facts.starts), waits(facts.starts), strict=True):
+        steps, span = "none", Markup()
+        if start.trained or start.last > start.first:
+            steps = f"{start.first:,} to {start.last:,}"
+            span = html(
+                '<span class="span" aria-hidden="true"><i style="margin-left:{:.2f}%;width:{:.2f}%"></i>'
+                '<i class="lost" style="width:{:.2f}%"></i></span>',
+                100 * start.first / total,
+                100 * (start.last - start.first - lost) / total,
+                100 * lost / total,
+            )
+        badge = html('<span class="badge {}">{}</span>', start.state, ENDS.get(start.state, start.state))
+        rows.append(
+            (
+                f"Start {start.number}",
+                moment(start.began) if start.began else "",
+                "" if wait is None else duration(wait),
+                duration(start.seconds) if start.seconds else "",
+                html("{}{}", steps, span),
+                badge,
+                f"{lost:,}" if lost else "",
+            )
+        )
+    columns = ("start", "began", "after a gap of", "ran for", "steps", "end", "steps lost")
+    return wrap('<div class="wide" tabindex="0">{}</div>', table(columns, rows, "Every start of the run", "starts"))
+
+
+def causes(starts: Sequence[Start]) -> Markup:
+    """Why starts ended and where they ran; of those that say neither, nothing."""
+    return listing(
+        (
+            (
+                f"Start {start.number}",
+                join(
+                    html("<p>{}.</p>", text.strip().rstrip("."))
+                    for text in (
+                        f"Stopped by {start.why}" if start.why and start.state == "stopped" else start.why,
+                        start.remedy and f"To do: {start.remedy}",
+                        start.where,
+                    )
+                    if text
+                ),
+            )
+            for start in starts
+        ),
+        "facts causes",
+    )
+
+
+def happenings(starts: Sequence[Start]) -> Markup:
+    """What the trainer warned of, of all starts, in their order; a long list is folded."""
+    rows = [
+        (e["time"][:19].replace("T", " "), f"{start.number}", f"{e['step']:,}", e["kind"].replace("_", " "), e["text"])
+        for start in starts
+        for e in start.events
+    ]
+    more = sum(start.left_out for start in starts)
+    counts = Counter(kind for _, _, _, kind, _ in rows).most_common()
+    caption = "Events: " + ", ".join(f"{count} x {kind}" for kind, count in counts)
+    caption += f"; {more:,} further ones are not kept" if more else ""
+    columns = ("time (UTC)", "start", "step", "kind", "what")
+    made = wrap('<div class="wide" tabindex="0">{}</div>', table(columns, rows, caption, "events"))
+    return made if len(rows) <= LISTED else folded(f"{len(rows):,} events", made)
+
+
+def commands(facts: Facts) -> Markup:
+    """Files of the run, and the commands that make more of it."""
+    run, env = facts.run, facts.env
+    at, ranks = shlex.quote(str(run.path)), facts.record.get("world", 1)
+    files = {
+        "settings": run.config,
+        "script": run.submit,
+        "figures": run.metrics,
+        "evaluation": run.evaluation,
+        "predictions": run.predictions,
+        "checkpoints": run.checkpoints,
+        "model": run.model,
+        "code": run.code,
+    }
+    again = [f"git checkout {env['commit']}"] if env.get("commit") else []
+    again += [f"git apply {at}/patch.diff"] if env.get("dirty") and run.patch.exists() else []
+    direct = f"torchrun --nproc-per-node {ranks} -m vitdist.train {at}"
+    again += [submission(env, f"{run.name}-again") or f"{direct}/config.yaml"]
+    resume = submission(env, run.name) or direct
+    use = f'classify = pipeline("image-classification", model={str(run.model)!r})'
+    return section(
+        "Files and commands",
+        listing((title, html("<code>{}</code>", path)) for title, path in files.items() if path.exists()),
+        command("Predict", "from transformers import pipeline", use, 'classify("picture.jpg")')
+        if run.model.exists()
+        else Markup(),
+        command("Resume", resume) if facts.record["state"] != "done" else Markup(),
+        command("Reproduce", *again),
+        command("Upload to Weights & Biases", f"wandb sync {at}/wandb/offline-run-*")
+        if any(run.wandb.glob("offline-run-*"))
+        else Markup(),
+    )

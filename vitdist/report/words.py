@@ -1,0 +1,91 @@
+"""A run in words and figures as people say them, for all forms of its report."""
+
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from vitdist.report.facts import Facts, Record, Start, undone, waits
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 10 min, 2 d 3 h."""
+    whole = round(seconds)
+    for size, name, rest, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            more = whole % size // rest
+            return f"{whole // size} {name}" + (f" {more} {small}" if more else "")
+    return f"{whole} s"
+
+
+def figure(value: Any) -> str:
+    """A number with the digits that matter; other things as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "none" if value is None else str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%-d %b %Y, %H:%M} UTC"
+
+
+def verdict(facts: Facts) -> tuple[str, str]:
+    """(a word for the badge, what became of the run in a sentence or two)."""
+    record, scores, error = facts.record, facts.scores, facts.about("error")
+    step, total = max((s.last for s in facts.starts), default=0), record.get("total_steps")
+    place = f"step {step:,}" + (f" of {total:,}" if total else "")
+    good = ""
+    if "top1" in scores:
+        good = f"{percent(scores['top1'])} of the validation samples are classified right (top-1)"
+        good += f", macro-F1 {scores['macro_f1']:.3f}" if "macro_f1" in scores else ""
+    match record["state"]:
+        case "done":
+            took = f" in {duration(facts.seconds)}" if facts.seconds else ""
+            starts = f" and {len(facts.starts)} starts" if len(facts.starts) > 1 else ""
+            return "finished", f"Trained to the end, {step:,} steps{took}{starts}{good and ': '}{good}."
+        case "failed" | "refused":
+            cause, noted = facts.starts[-1].why or "No cause is recorded", facts.starts[-1].remedy
+            rank = f" on rank {error['rank']}" if error.get("rank") is not None and not noted else ""
+            word, text = "failed", f"Failed at {place}{rank}. {cause.rstrip('.')}."
+        case "stopped" | "requeued":
+            word, why = "stopped", facts.starts[-1].why
+            text = f"Stopped at {place}{why and ' by '}{why}; it can go on from its last checkpoint."
+        case "running":
+            left = [f", about {duration(eta)} left" for _, eta in facts.series("perf/eta_s")[-1:]]
+            word, text = "running", f"At {place}{''.join(left)}."
+        case _:
+            return "submitted", "Nothing has been trained yet."
+    return word, text + (f" At the newest evaluation {good}." if good else "")
+
+
+def cost(facts: Facts) -> tuple[str, str]:
+    """(how many, of what): GPU-hours of all starts together, on a CPU core-hours."""
+    hours = facts.seconds / 3600 * facts.record.get("world", 1)
+    if facts.record.get("device", "CPU") == "CPU":
+        return f"{hours * facts.record.get('threads', 1):.2g}", "CPU core-hours"
+    return f"{hours:.2g}", "GPU-hours"
+
+
+def goodput(starts: Sequence[Start]) -> str:
+    """How many of the steps done were kept, in words; empty before the first step."""
+    done = sum(start.last - start.first for start in starts if start.trained)
+    if not done:
+        return ""
+    kept = done - sum(undone(starts))
+    between = sum(filter(None, waits(starts)))
+    text = f"Goodput {percent(kept / done)}: {kept:,} of {done:,} steps done were kept"
+    text += f", in {len(starts)} starts" if len(starts) > 1 else ""
+    return text + (f" with {duration(between)} between them." if between >= 1 else ".")
+
+
+def submission(env: Record, name: str) -> str:
+    """The command that submitted a run, for one of this name; empty if it was not submitted."""
+    argv = [str(part) for part in env.get("argv") or ()]
+    if not argv or not argv[0].endswith("submit.py"):
+        return ""
+    named = argv.index("--name") if "--name" in argv[:-1] else len(argv)
+    return shlex.join(["python", *argv[:named], *argv[named + 2 :], "--name", name])
