@@ -44,24 +44,30 @@ def write(run: RunDir) -> Path:
     return run.report
 
 
-def page(facts: Facts) -> str:
-    """The whole page as text."""
+def page(facts: Facts, refresh_s: int = 0) -> str:
+    """The whole page as text; with `refresh_s` the browser reads the file again every so many seconds."""
+    sections = (head, what_ran, curves, rates, optimizer, speed, classes, mistakes, reliability, commands)
+    return document(facts.run.name, join(make(facts) for make in sections), refresh_s=refresh_s)
+
+
+def document(title: str, body: Markup, css: str = "", refresh_s: int = 0) -> str:
+    """A page around `body` that loads nothing from anywhere; `css` is added to page.css."""
     here = Path(__file__)
     scripts = [charts.vega(), here.with_suffix(".js").read_text(encoding="utf-8")]
     # Only these two may run and nothing may be loaded, whatever a class is called.
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
-    sections = (head, what_ran, curves, rates, optimizer, speed, classes, mistakes, reliability, commands)
     return html(
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: vitdist report</title>\n'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: vitdist report</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta http-equiv="Content-Security-Policy" content="{policy}">\n{again}'
         "<style>\n{css}</style></head>\n<body><main>\n{body}\n</main>\n{scripts}</body></html>\n",
-        name=facts.run.name,
+        title=title,
         policy=policy,
-        css=Markup(here.with_suffix(".css").read_text(encoding="utf-8")),
-        body=join(make(facts) for make in sections),
+        again=html('<meta http-equiv="refresh" content="{}">\n', refresh_s) if refresh_s else "",
+        css=Markup(here.with_suffix(".css").read_text(encoding="utf-8") + css),
+        body=body,
         scripts=join(Markup(f"<script>{script}</script>") for script in scripts),
     )
 
