@@ -64,7 +64,7 @@ class Plan:
     at_once: int | None
     """Points of a sweep at the same time."""
     group: str | None
-    """Name of the sweep, and of its group in W&B."""
+    """Name of the sweep that a run which goes on is a point of."""
     notes: tuple[str, ...]
     """What the user should know before anything starts."""
 
@@ -227,7 +227,7 @@ def _swept(args: argparse.Namespace, source: Path) -> tuple[tuple[Point, Config]
         twin = same.setdefault(config.to_yaml(settings), " ".join(point.overrides))
         if twin != " ".join(point.overrides):
             faults.setdefault(f"--sweep: {twin} means the same as another point", []).append(" ".join(point.overrides))
-        found.append((point, settings))
+        found.append((point, _grouped(settings, _name(args, source))))
     if faults:
         everywhere = len(found) == 0
         raise SettingsError(
@@ -237,6 +237,12 @@ def _swept(args: argparse.Namespace, source: Path) -> tuple[tuple[Point, Config]
             )
         )
     return tuple(found)
+
+
+def _grouped(settings: Config, sweep: str) -> Config:
+    """`settings` with the points of a sweep in one group of W&B, unless they name another."""
+    group = settings.tracking.group or sweep
+    return settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"group": group})})
 
 
 def _split(points: Sequence[tuple[Point, Config]], settings: Config, world: int) -> None:

@@ -64,14 +64,7 @@ def sbatch(parameters: Mapping[str, Any], command: str, log: Path) -> str:
 
 def _parameters(plan: Plan, home: RunDir) -> dict[str, Any]:
     assert plan.cluster
-    parameters = clusters.submitit_parameters(plan.cluster, plan.nodes, home.name, home)
-    return parameters | {"setup": [*parameters["setup"], *group_lines(plan, home)]}
-
-
-def group_lines(plan: Plan, home: RunDir) -> list[str]:
-    """A shell line that puts the points of a sweep into one group of W&B."""
-    name = home.name if plan.points else plan.group
-    return [f"export WANDB_RUN_GROUP={shlex.quote(name)}"] if name else []
+    return clusters.submitit_parameters(plan.cluster, plan.nodes, home.name, home)
 
 
 def _task(submitit: Path | str) -> str:

@@ -596,24 +596,17 @@ def _begin(plan: Plan, home: RunDir, start: Start, launcher: str) -> "subprocess
     """Start a run's node jobs; returns the process that stands for all of them."""
     from launch.job import NodeJob
 
-    group = {"WANDB_RUN_GROUP": name} if (name := home.name if plan.points else plan.group) else {}
     if here := plan.allocation:
         pickle = _pickle(plan, start, launcher)
         pickle.rename(start.run.submitit / f"{here.job_id}_submitted.pkl")
         with _clean_environment(start.run.code, allocations.KEPT):
             # A session of its own: the terminal's Ctrl-C would make srun end the nodes, and is ours to pass on.
-            return subprocess.Popen(
-                ["bash", str(start.run.submit)],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | group,
-                start_new_session=True,
-            )
+            return subprocess.Popen(["bash", str(start.run.submit)], stdin=subprocess.DEVNULL, start_new_session=True)
     import submitit
 
     run = start.run
     job = NodeJob(str(run.path), plan.processes, start.attempt, "local", plan.devices, plan.signal_delay_s, launcher)
     with _clean_environment(run.code), _deaf_children():
-        os.environ.update(group)
         executor = submitit.LocalExecutor(run.submitit)
         executor.update_parameters(
             tasks_per_node=plan.nodes,

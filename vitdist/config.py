@@ -446,6 +446,8 @@ class Tracking(Section):
     """W&B project."""
     entity: str | None = None
     """W&B user or team; default: that of the key."""
+    group: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Group of the run in W&B; default: the sweep that it is a point of."""
 
 
 class Config(Section):

@@ -526,6 +526,8 @@ class _Mirror:
         run = wandb.init(
             project=self._settings.project,
             entity=self._settings.entity,
+            group=self._settings.group,
+            job_type="train",
             id=name,
             name=self._run.name,
             dir=self._run.path,

@@ -23,7 +23,6 @@ if [ -f slurm/env.sh ]; then source slurm/env.sh; fi
 module load cuda/13.0
 cd PLACE/runs/vit/code || exit 1
 export PYTHONPATH=PLACE/runs/vit/code${PYTHONPATH:+:$PYTHONPATH}
-export WANDB_RUN_GROUP=vit
 
 # command
 export SUBMITIT_EXECUTOR=slurm

@@ -635,6 +635,7 @@ def test_a_sweep_goes_on_with_the_points_that_are_left(
     home, points = RunDir(place / "runs" / "s"), [RunDir(place / "runs" / f"s-0{i}") for i in range(4)]
     assert "#SBATCH --array=0-3%3" in home.submit.read_text()
     assert [config.load(run.config).optim.lr for run in points] == [1e-4, 1e-4, 3e-4, 3e-4]
+    assert {config.load(run.config).tracking.group for run in points} == {"s"}, "one group of W&B"
     assert [(run.path / "slurm_job").read_text() for run in points] == [f"4711_{i}\n" for i in range(4)]
     assert (points[0].code / "launch" / "job.py").samefile(home.code / "launch" / "job.py"), "stored once"
     for number in (0, 2):

@@ -13,7 +13,7 @@ import pytest
 
 from launch import sweep
 from tests.slurm.conftest import ROOT, STAND_IN, read, slurm, stand_in, start_now, submit_stand_in, told, until
-from vitdist import rundir
+from vitdist import config, rundir
 from vitdist.rundir import RunDir
 
 pytestmark = pytest.mark.slurm
@@ -43,7 +43,7 @@ def test_a_sweep_is_one_array_and_a_folder_a_point(environment: Environment, tmp
     table = out[out.index("run    optim.lr") :].splitlines()
     assert [line.split()[0] for line in table[1:]] == [run.name for run in points]
     assert "[0.9, 0.99]" in table[2]
-    assert "export WANDB_RUN_GROUP=sw" in home.submit.read_text()
+    assert {config.load(run.config).tracking.group for run in points} == {"sw"}
 
 
 def test_X1_a_run_from_an_odd_place_keeps_its_code_and_no_secret(
