@@ -5,8 +5,8 @@
         server.behave = "hang"                             # or "ok", 401, 500: every later request
         server.rows, server.ends
 
-Covers what wandb-core 0.28 to 0.31 asks during a run (GraphQL and the file stream). It proves nothing about what the
-real server does with the answers.
+Covers what wandb-core 0.28 to 0.31 asks during a run (GraphQL and the file stream) and when a report is saved. It
+proves nothing about what the real server does with the answers.
 """
 
 import gzip
@@ -34,6 +34,8 @@ class Server:
         """History of each run, by id."""
         self.ends: list[dict[str, Any]] = []
         """What the file stream said last of each run: complete, exitcode, preempting."""
+        self.views: dict[str, dict[str, Any]] = {}
+        """Reports by id: displayName, description, type, spec (text)."""
         self.asked = threading.Event()
         """Set by the first request."""
         self._over = threading.Event()
@@ -108,6 +110,25 @@ class Server:
             case "CreateRunFiles":
                 files = [{"name": file, "uploadUrl": f"{self.url}/files"} for file in values.get("files", [])]
                 return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+            case "GetDefaultEntity":
+                return {"viewer": {"id": "u", "entity": "me"}}
+            case "ProjectInternalId":
+                return {"project": {"id": "p", "internalId": "UHJvamVjdDox"}}
+            case "GetProjects":
+                node = {"id": "p", "name": "vitdist", "entityName": "me", "isBenchmark": False, "user": None}
+                edges = [{"node": node | {"createdAt": "2026-01-01T00:00:00Z"}, "cursor": "c"}]
+                return {"models": {"edges": edges, "pageInfo": {"endCursor": "c", "hasNextPage": False}}}
+            case "Runs":
+                wanted = json.loads(values["filters"])["name"]["$in"]
+                edges = [{"node": self._known(run), "cursor": "c"} for run in wanted if run in self.rows]
+                runs = {"edges": edges, "pageInfo": {"endCursor": "c", "hasNextPage": False}}
+                return {"project": {"internalId": "1", "runCount": len(edges), "readOnly": False, "runs": runs}}
+            case "upsertView":
+                view = values["id"] or f"Vmlldz{len(self.views):06d}"
+                self.views[view] = values
+                return {"upsertView": {"view": self._view(view), "inserted": not values["id"]}}
+            case "SpecificReport":
+                return {"view": self._view(values["reportId"])}
             case _:
                 return {}
 
@@ -119,6 +140,13 @@ class Server:
         tails = {"historyTail": json.dumps([json.dumps(line) for line in lines[-1:]]), "eventsTail": "[]"}
         about = {"id": run, "name": run, "displayName": run, "config": "{}", "summaryMetrics": "{}", "tags": []}
         return about | counts | tails | {"wandbConfig": '{"t": 1}', "notes": None}
+
+    def _view(self, view: str) -> dict[str, Any] | None:
+        if view not in self.views:
+            return None
+        project = {"id": "p", "name": "vitdist", "entityName": "me"}
+        about = {key: self.views[view][key] for key in ("type", "name", "displayName", "description", "spec")}
+        return about | {"id": view, "project": project, "createdAt": None, "updatedAt": "2026-01-01T00:00:00Z"}
 
     def stream(self, run: str, sent: dict[str, Any]) -> None:
         """Rows of a run, and whether it is at its end."""
