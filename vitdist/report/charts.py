@@ -5,6 +5,7 @@
 # would write the same charts for 0.7 s of import and 2 s of checking its own output; matplotlib's SVG (0.9 s of
 # import) has fixed colours and answers to nothing.
 
+import colorsys
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ from vitdist.report.words import percent
 POINTS = 600  # of a curve: with the extremes of each bucket kept, as many as a chart has pixels
 FAN_POINTS = 100  # of each layer's learning rate: smooth, and there may be 34 of them
 SPARSE = 60  # points up to which each one is marked
+COLOURS = 8  # c1, c2, ... of the style sheets; curves beyond them are dashed in the same colours
+NAMED = 8  # names in the legend of a fan in a file, where no pointer asks for the others
 
 Specification = dict[str, Any]
 
@@ -44,6 +47,14 @@ class Chart:
     stairs: bool = False
     fan: bool = False
     """Colours run from the first curve to the last."""
+    axis: str = ""
+    """Of the values, in a file, which has no title; empty: the title."""
+    x: str = "step"
+    """What curves go over."""
+    context: int = 0
+    """So many curves, the first ones, are grey and under the others: only there to be seen beside them."""
+    legend: bool = True
+    """Whether the page needs one."""
 
 
 def of(facts: Facts, name: str, title: str, about: str, keys: dict[str, str], **form: Any) -> Chart | None:
@@ -95,7 +106,8 @@ def rates(facts: Facts) -> Chart | None:
         (top, high), *_, (bottom, low) = highest.items()
         text = f"At the peak from {high:.2g} ({top}) down to {low:.2g} ({bottom}); logarithmic axis."
     keys = {name: f"lr/{name}" for name in highest}
-    return of(facts, "learning-rates", "One line a layer", text, keys, format="~e", log=True, fan=True)
+    form = {"format": "~e", "log": True, "fan": True, "axis": "Learning rate"}
+    return of(facts, "learning-rates", "One line a layer", text, keys, **form)
 
 
 def gradient(facts: Facts) -> Chart | None:
@@ -128,7 +140,7 @@ def throughput(facts: Facts) -> Chart | None:
 
 def waiting(facts: Facts) -> Chart | None:
     about, keys = "Percent of the time in which training stood still for data.", {"data wait": "perf/data_wait_pct"}
-    return of(facts, "data-wait", "Waiting for data", about, keys, zero=True)
+    return of(facts, "data-wait", "Waiting for data", about, keys, zero=True, axis="Waiting for data (%)")
 
 
 CHARTS = (losses, quality, rates, gradient, loss_scale, skipped, throughput, waiting)
@@ -186,35 +198,51 @@ def columns(chart: Chart) -> dict[str, tuple[list[int], list[float]]]:
     }
 
 
-def specification(chart: Chart, colour: Callable[[str], str] = themed) -> Specification:
+def strokes(chart: Chart, colour: Callable[[str], str] = themed) -> list[tuple[str, list[int]]]:
+    """Colour and dashes of each curve, in their order."""
+    if chart.fan:
+        last = max(1, len(chart.curves) - 1)
+        return [(_between(i / last, colour), [1, 0]) for i in range(len(chart.curves))]
+    apart = len(chart.curves) - chart.context
+    dashes = ([1, 0], [6, 3], [2, 2])
+    bright = [(colour(f"c{i % COLOURS + 1}"), dashes[i // COLOURS % len(dashes)]) for i in range(apart)]
+    return [(colour("line"), [1, 0])] * chart.context + bright
+
+
+def specification(chart: Chart, colour: Callable[[str], str] = themed, still: bool = False) -> Specification:
     """The Vega-Lite specification of `chart` over a dataset "points" of {k: curve, x: step, y: value}, to be added.
 
-    `colour` gives the colours called c1, c2, ..., line, muted and ink.
+    `colour` gives the colours called c1, c2, ..., line, muted and ink. `still`: of a file, which answers to nothing
+    and stands alone.
     """
     names = list(chart.curves)
     points = [point for curve in chart.curves.values() for point in curve]
     steps, levels = [s for s, _ in points], [v for _, v in points]
-    hues = [
-        _between(i / max(1, len(names) - 1), colour) if chart.fan else colour(f"c{i + 1}") for i in range(len(names))
-    ]
+    looks = strokes(chart, colour)
     x = {
         "field": "x",
         "type": "quantitative",
-        "title": "step",
+        "title": chart.x,
         "axis": {"format": ",d", "tickCount": 5},
         "scale": {"domain": [min(steps), max(steps)], "nice": False},
     }
-    axis = {"format": chart.format, "tickCount": 5}
+    axis: Specification = {"format": chart.format, "tickCount": 5}
     if found := ticks(levels, chart.stairs) if chart.log else None:
         axis["values"] = found
     if chart.stairs:
         axis["tickMinStep"] = 1
     wide = {"type": "log", "nice": False, "domain": [0.85 * min(levels), 1.15 * max(levels)]}
-    y = {"field": "y", "type": "quantitative", "title": None, "axis": axis}
+    y = {"field": "y", "type": "quantitative", "title": (chart.axis or chart.title) if still else None, "axis": axis}
     y["scale"] = wide if chart.log else {"zero": chart.zero}
-    legend = {"title": None, "orient": "top", "symbolType": "stroke"} if len(names) > 1 and not chart.fan else None
-    color = {"field": "k", "type": "nominal", "scale": {"domain": names, "range": hues}, "legend": legend}
-    encoding = {"x": x, "y": y, "color": color}
+    color: Specification = {
+        "field": "k",
+        "type": "nominal",
+        "scale": {"domain": names, "range": [hue for hue, _ in looks]},
+        "legend": _legend(chart, still),
+    }
+    encoding: Specification = {"x": x, "y": y, "color": color}
+    if any(dash != [1, 0] for _, dash in looks):
+        encoding["strokeDash"] = {**color, "scale": {"domain": names, "range": [dash for _, dash in looks]}}
     zoom = {
         "name": "zoom",
         "bind": "scales",
@@ -232,28 +260,27 @@ def specification(chart: Chart, colour: Callable[[str], str] = themed) -> Specif
     }
     # A list of fields shows names as "undefined" under `nearest` up to Vega-Lite 6.4 (vega/vega-lite#9707).
     at = "(datum.datum || datum)"
-    said = f'{{curve: {at}.k, step: format({at}.x, ",d"), value: format({at}.y, "{chart.format}")}}'
+    said = f'{{curve: {at}.k, "{chart.x}": format({at}.x, ",d"), value: format({at}.y, "{chart.format}")}}'
     seen = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
     shape = "step-after" if chart.stairs else "linear"
-    layer: list[Specification] = [
-        {
-            "params": [zoom],
-            "mark": {"type": "line", "strokeWidth": 1.6, "clip": True, "interpolate": shape},
-            "encoding": encoding,
-        },
-        {
-            "params": [near],
-            "mark": {"type": "point", "filled": True, "size": 70},
-            "encoding": {**encoding, "tooltip": {"value": {"expr": said}}, "opacity": seen},
-        },
-    ]
-    if few := [name for name, curve in chart.curves.items() if len(curve) <= SPARSE and not chart.fan]:
+    line: Specification = {
+        "mark": {"type": "line", "strokeWidth": 1.6, "clip": True, "interpolate": shape},
+        "encoding": encoding,
+    }
+    pointed: Specification = {
+        "params": [near],
+        "mark": {"type": "point", "filled": True, "size": 70},
+        "encoding": {"x": x, "y": y, "color": color, "tooltip": {"value": {"expr": said}}, "opacity": seen},
+    }
+    layer = [line] if still else [{"params": [zoom], **line}, pointed]
+    marked = [] if chart.fan else list(chart.curves.items())[chart.context :]
+    if few := [name for name, curve in marked if len(curve) <= SPARSE]:
         layer.insert(
             1,
             {
                 "transform": [{"filter": {"field": "k", "oneOf": few}}],
                 "mark": {"type": "point", "filled": True, "size": 22, "opacity": 1, "clip": True},
-                "encoding": encoding,
+                "encoding": {"x": x, "y": y, "color": color},
             },
         )
     if chart.restarts:
@@ -277,6 +304,18 @@ def specification(chart: Chart, colour: Callable[[str], str] = themed) -> Specif
     }
 
 
+def _legend(chart: Chart, still: bool) -> Specification | None:
+    names = list(chart.curves)
+    if len(names) < 2 or not (still or (chart.legend and not chart.fan)):
+        return None
+    legend: Specification = {"title": None, "orient": "top", "symbolType": "stroke"}
+    if chart.fan and len(names) > NAMED:
+        legend["values"] = [names[i * (len(names) - 1) // (NAMED - 1)] for i in range(NAMED)]
+    elif chart.context:
+        legend["values"] = names[chart.context :]
+    return legend | {"columns": 4, "labelLimit": 110} if still else legend
+
+
 def ticks(values: Iterable[float], stairs: bool) -> list[float] | None:
     """Where a logarithmic axis is labelled: at the values themselves of few stairs, at round ones of a curve."""
     levels = sorted(set(values))
@@ -291,5 +330,13 @@ def ticks(values: Iterable[float], stairs: bool) -> list[float] | None:
 
 
 def _between(share: float, colour: Callable[[str], str]) -> str:
-    """A colour on the way from c1 to c2."""
-    return f"color-mix(in oklch increasing hue, {colour('c2')} {100 * share:.4g}%, {colour('c1')})"
+    """A colour on the way from c1 to c2; the page's browser mixes what only it knows."""
+    ends = colour("c1"), colour("c2")
+    if not ends[0].startswith("#"):
+        return f"color-mix(in oklch increasing hue, {ends[1]} {100 * share:.4g}%, {ends[0]})"
+    (h1, l1, s1), (h2, l2, s2) = (
+        colorsys.rgb_to_hls(*(int(end[i : i + 2], 16) / 255 for i in (1, 3, 5))) for end in ends
+    )
+    # Over the shades between blue and vermilion that the page's mixture goes through.
+    mixed = colorsys.hls_to_rgb(h1 + share * (h2 - h1), l1 + share * (l2 - l1), s1 + share * (s2 - s1))
+    return "#" + "".join(f"{round(255 * part):02x}" for part in mixed)
