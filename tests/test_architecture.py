@@ -167,7 +167,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.plan": {f"vitdist.{room}" for room in ("cost", "memory", "model", "optim", "shapes")},
         # Pictures of the worst mistakes.
         **{
-            m: {"vitdist.data", "vitdist.data.index", "vitdist.faults"}
+            m: {"vitdist.data", "vitdist.data.index", "vitdist.faults", "vitdist.history"}
             for m in ("vitdist.report.facts", "vitdist.report.page")
         },
         "vitdist.cli": {

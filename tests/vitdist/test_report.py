@@ -178,7 +178,7 @@ def test_thinning_keeps_ends_and_spikes(length: int) -> None:
     points = [(i, float(np.sin(i))) for i in range(length)]
     if length > 200:
         points[137], points[150] = (137, 50.0), (150, -50.0)
-    kept = charts.thin(points, 100)
+    kept = charts.thin(np.array([s for s, _ in points], int), np.array([v for _, v in points], float), 100)
     assert len(kept) <= 100
     assert kept == sorted(set(kept))
     assert set(kept) <= set(points)

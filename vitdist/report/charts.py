@@ -5,10 +5,9 @@
 # would write the same charts for 0.7 s of import and 2 s of checking its own output; matplotlib's SVG (0.9 s of
 # import) has fixed colours and answers to nothing.
 
-import colorsys
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +38,8 @@ class Chart:
     curves: dict[str, Points]
     restarts: list[tuple[int, str]] = field(default_factory=list)
     """(step, label) of dashed lines."""
-    format: str = "~g"
-    """Of values, in d3's notation."""
+    format: str = "~r"
+    """Of values, in d3's notation. Not g, which labels an axis 4e+1."""
     log: bool = False
     zero: bool = False
     """Whether the axis begins at 0."""
@@ -60,22 +59,22 @@ class Chart:
 def of(facts: Facts, name: str, title: str, about: str, keys: dict[str, str], **form: Any) -> Chart | None:
     """The chart of `keys` (name of a curve -> key of a row); None without a curve of two points."""
     lowest = 0.0 if form.get("log") else -math.inf
-    found = {name: [p for p in facts.series(key) if p[1] > lowest] for name, key in keys.items()}
     limit = FAN_POINTS if form.get("fan") else POINTS
-    curves = {name: thin(points, limit) for name, points in found.items() if len(points) > 1}
+    found = {name: thin(*facts.history.series(key), limit, lowest) for name, key in keys.items()}
+    curves = {name: points for name, points in found.items() if len(points) > 1}
     marks = [(s.first, f"start {s.number}") for s in facts.starts[1:] if s.last > s.first]
     return Chart(name, title, about, curves, marks, **form) if curves else None
 
 
-def thin(points: Sequence[tuple[int, float]], limit: int) -> Points:
-    """At most `limit` of `points`: both ends, lowest and highest of each bucket, so that no spike is lost."""
-    if len(points) <= limit:
-        return list(points)
-    values = np.array([v for _, v in points])
-    kept = {0, len(points) - 1}
-    for part in np.array_split(np.arange(len(points)), (limit - 2) // 2):
-        kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
-    return [points[i] for i in sorted(kept)]
+def thin(steps: np.ndarray, values: np.ndarray, limit: int, lowest: float = -math.inf) -> Points:
+    """At most `limit` points above `lowest`: both ends, and the extremes of each bucket, so that no spike is lost."""
+    steps, values = steps[values > lowest], values[values > lowest]
+    kept = np.arange(len(values))
+    if len(values) > limit:
+        parts = np.array_split(kept, (limit - 2) // 2)
+        extremes = [part[0] + end for part in parts for end in (values[part].argmin(), values[part].argmax())]
+        kept = np.unique([0, *extremes, len(values) - 1])
+    return list(zip(steps[kept].tolist(), values[kept].tolist(), strict=True))
 
 
 # ---- which there are ---------------------------------------------------------------------------
@@ -95,9 +94,9 @@ def quality(facts: Facts) -> Chart | None:
 
 def peaks(facts: Facts) -> dict[str, float]:
     """Layer group -> highest learning rate, from the head down."""
-    keys = sorted({key for row in facts.rows for key in row if key.startswith("lr/")}, reverse=True)
-    found = {key[3:]: facts.series(key) for key in keys}
-    return {name: max(v for _, v in points) for name, points in found.items() if points}
+    keys = sorted((key for key in facts.history.names() if key.startswith("lr/")), reverse=True)
+    found = {key[3:]: facts.history.series(key)[1] for key in keys}
+    return {name: float(values.max()) for name, values in found.items() if len(values)}
 
 
 def rates(facts: Facts) -> Chart | None:
@@ -330,13 +329,35 @@ def ticks(values: Iterable[float], stairs: bool) -> list[float] | None:
 
 
 def _between(share: float, colour: Callable[[str], str]) -> str:
-    """A colour on the way from c1 to c2; the page's browser mixes what only it knows."""
+    """A colour on the way from c1 to c2, hue by hue; the page's browser mixes what only it knows."""
     ends = colour("c1"), colour("c2")
     if not ends[0].startswith("#"):
         return f"color-mix(in oklch increasing hue, {ends[1]} {100 * share:.4g}%, {ends[0]})"
-    (h1, l1, s1), (h2, l2, s2) = (
-        colorsys.rgb_to_hls(*(int(end[i : i + 2], 16) / 255 for i in (1, 3, 5))) for end in ends
-    )
-    # Over the shades between blue and vermilion that the page's mixture goes through.
-    mixed = colorsys.hls_to_rgb(h1 + share * (h2 - h1), l1 + share * (l2 - l1), s1 + share * (s2 - s1))
-    return "#" + "".join(f"{round(255 * part):02x}" for part in mixed)
+    shades = []
+    for end in ends:
+        light = np.array([int(end[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(light > 0.04045, ((light + 0.055) / 1.055) ** 2.4, light / 12.92)
+        level, a, b = _OKLAB @ np.cbrt(_LMS @ linear)
+        shades.append((level, math.hypot(a, b), math.atan2(b, a) % math.tau))
+    (level, chroma, hue) = ((1 - share) * np.array(shades[0]) + share * np.array(shades[1])).tolist()
+    lab = np.array([level, chroma * math.cos(hue), chroma * math.sin(hue)])
+    linear = np.clip(np.linalg.solve(_LMS, np.linalg.solve(_OKLAB, lab) ** 3), 0, 1)
+    light = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in light)
+
+
+# Oklab (Ottosson 2020): linear sRGB -> cones, their cube roots -> lightness and two axes of colour.
+_LMS = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_OKLAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)

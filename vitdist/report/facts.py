@@ -4,8 +4,6 @@ It is read without torch, at any moment of a run; what is missing is left empty.
 """
 
 import itertools
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from vitdist import config, faults, rundir
+from vitdist import config, faults, history, rundir
 from vitdist.config import Config
 from vitdist.data import index
 from vitdist.data.index import Index
+from vitdist.history import History
 from vitdist.rundir import RunDir
 
 PAIRS = 10
@@ -62,7 +61,7 @@ class Facts:
     env: Record
     record: Record
     starts: list[Start]
-    rows: list[Record]
+    history: History
     evaluation: Record
 
     def about(self, name: str) -> Record:
@@ -71,13 +70,13 @@ class Facts:
 
     def series(self, key: str) -> Points:
         """(step, value) of one figure, without gaps, infinities and NaN."""
-        found = ((row["train/global_step"], row.get(key)) for row in self.rows)
-        return [(s, float(v)) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
+        steps, values = self.history.series(key)
+        return list(zip(steps.tolist(), values.tolist(), strict=True))
 
     def middle(self, key: str) -> float | None:
         """Median of one figure over the run."""
-        points = self.series(key)
-        return float(np.median([v for _, v in points])) if points else None
+        _, values = self.history.series(key)
+        return float(np.median(values)) if len(values) else None
 
     @property
     def seconds(self) -> float:
@@ -91,8 +90,8 @@ class Facts:
 
 def read(run: RunDir) -> Facts:
     """Collect a run folder; missing files give empty records."""
-    reached, attempts = _reached(run), run.attempts()
-    starts = [_start(a, a is attempts[-1], *reached.get(a.number, (0, None))) for a in attempts]
+    figures, attempts = history.read(run), run.attempts()
+    starts = [_start(a, a is attempts[-1], *figures.reached.get(a.number, (0, None))) for a in attempts]
     record = rundir.state(run)
     if starts:  # a killed trainer's record says "running" for ever; the launcher may know more
         record = {**record, "state": starts[-1].state}
@@ -102,7 +101,7 @@ def read(run: RunDir) -> Facts:
         env=rundir.read_json(run.env) or {},
         record=record,
         starts=starts,
-        rows=rundir.rows(run),
+        history=figures,
         evaluation=rundir.read_json(run.evaluation) or {},
     )
 
@@ -158,19 +157,6 @@ def waits(starts: Sequence[Start]) -> list[float | None]:
     found: list[float | None] = [None] if starts else []
     for before, start in itertools.pairwise(starts):
         found.append(max(0.0, start.began - before.ended) if start.began and before.ended else None)
-    return found
-
-
-def _reached(run: RunDir) -> dict[int, tuple[int, float | None]]:
-    """Attempt -> (step, time) of its last row, later undone or not: a killed trainer says no more."""
-    found: dict[int, tuple[int, float | None]] = {}
-    for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # half a line, of a writer that was killed
-        earlier = found.get(row["attempt"], (0, None))[1]
-        found[row["attempt"]] = row["train/global_step"], row.get("time", earlier)
     return found
 
 
