@@ -8,24 +8,19 @@ once there is room; what W&B does not take is told once and left out.
 import contextlib
 import json
 import math
-import netrc
 import os
-import queue
-import secrets
-import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
-from urllib.parse import urlparse
+from typing import Any, NamedTuple, Self
 
 from vitdist import config, rundir
 from vitdist.console import FULL, Bar, forgiving
+from vitdist.mirror import Mirror
 from vitdist.rundir import Attempt, RunDir
 
 MOST_EVENTS = 200
@@ -38,19 +33,6 @@ PATIENCE_S = 10.0
 """How long a record waits for another thread's write; after that the other one brings it to the disk with its own."""
 RESERVE = 64 * 1024
 """Bytes held back on the disk for an attempt's last record, which decides whether the launcher starts it again."""
-
-# W&B, in seconds. Its defaults: 90 for a server at the start, for ever at the end, and 15 of rows lost to a SIGKILL.
-START_S, FINISH_S, FLUSH_S = 30.0, 60.0, 1
-GRACE_S = 10.0
-"""What W&B gets beyond START_S and FINISH_S before the training goes on without it."""
-WAITING = 5_000
-"""Rows that may wait for W&B; at 60 figures a row these are 10 MB."""
-SERVICE_S = 30.0
-"""For wandb-core to come up."""
-HURRIED_S = 20.0
-"""For the end of W&B where an attempt failed or was stopped: torchrun kills it after 30, SLURM after its KillWait."""
-PROBE_EVERY_S = 30.0
-"""How often the disk under W&B is tried: wandb-core tells nobody that it is full (0.31)."""
 
 Publish = Callable[[Path, str | bytes], None]
 """As rundir.publish: put a whole file in its place."""
@@ -74,7 +56,7 @@ class Journal:
         self._record: dict[str, Any] = {"attempt": attempt.number, "state": "running", "started": rundir.now()}
         self._last: dict[str, float] = {}
         self._staged, self._stages = time.monotonic() - _age_s(), dict[str, float]()
-        self._wandb: _Mirror | None = None
+        self._wandb: Mirror | None = None
         self._exit, self._step = rundir.EXIT_DONE, 0
         self._state, self._publishing = threading.Lock(), threading.RLock()
         self._changed = False
@@ -115,7 +97,7 @@ class Journal:
         if self._wandb:
             # 75 makes a run that was marked as preempting "preempted" at W&B, 0 would make it "finished".
             code = self._exit if error is None else 1
-            self._wandb.finish(code, FINISH_S + GRACE_S if code == rundir.EXIT_DONE else HURRIED_S)
+            self._wandb.finish(code)
         for file in self._files:
             file.flush()
         self._pay()
@@ -277,11 +259,11 @@ class Journal:
     def start_wandb(self, settings: config.Tracking, about: dict[str, Any]) -> None:
         """Begin or continue the run's W&B run: its id is in the run folder, so a requeue goes on with it.
 
-        Returns when W&B is ready, has failed, or after START_S + GRACE_S seconds, whichever is first.
+        Returns when W&B is ready, has failed, or after mirror.START_S + GRACE_S seconds, whichever is first.
         """
         if not self._first or settings.wandb == "off":
             return
-        self._wandb = _Mirror(self._run, settings, about, self.say, lambda text: self.warn("wandb", text))
+        self._wandb = Mirror(self._run, settings, about, self.say, lambda text: self.warn("wandb", text))
         self._wandb.start()
 
 
@@ -352,255 +334,6 @@ class _Lines:
             with contextlib.suppress(OSError):
                 os.close(handle)
             raise
-
-
-class _Mirror:
-    """One W&B run, driven by a daemon thread through a bounded queue: whatever W&B does, callers go on at once.
-
-    `say` and `warn` take a text. Each way to fail is told of once.
-    """
-
-    def __init__(
-        self,
-        run: RunDir,
-        settings: config.Tracking,
-        about: dict[str, Any],
-        say: Callable[[str], None],
-        warn: Callable[[str], None],
-    ) -> None:
-        self._run, self._settings, self._about, self._say, self._warn = run, settings, about, say, warn
-        self._items: queue.Queue[dict[str, Any] | Literal["preempting", "end"]] = queue.Queue(WAITING)
-        self._ready, self._given_up = threading.Event(), threading.Event()
-        self._left_out = False
-        self._dropped = 0
-        self._code = 0
-        self._doing = "start"
-        self._next_probe = 0.0
-        self._folder = run.wandb
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-
-    def start(self) -> None:
-        """Returns when W&B is ready or has failed; after START_S + GRACE_S in any case."""
-        try:
-            # Here and not in the thread: loaders are forked later, and a module half imported would lock theirs.
-            import wandb  # noqa: F401
-        except Exception as error:  # a broken installation raises anything
-            self._fail(error)
-            return
-        self._thread.start()
-        if not self._ready.wait(START_S + GRACE_S):
-            self._warn(
-                f"W&B has not started within {START_S + GRACE_S:.0f} s: the training goes on, its rows wait in memory"
-            )
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Hand over a row; dropped where W&B is left out or too many wait."""
-        if self._left_out:
-            return
-        try:
-            self._items.put_nowait(row)
-        except queue.Full:
-            self._dropped += 1
-            if self._dropped == 1:
-                self._warn(
-                    f"W&B has not taken {WAITING} rows: further ones are left out there; {self._run.metrics.name} "
-                    "has them all"
-                )
-
-    def preempting(self) -> None:
-        """Mark the run as one that is being preempted."""
-        self._urgent("preempting")
-
-    def finish(self, code: int, within_s: float) -> None:
-        """End the W&B run with exit code `code`; after `within_s` it is given up, and its service killed."""
-        self._code = code
-        self._urgent("end")
-        if self._thread.ident is None:
-            return
-        self._thread.join(within_s)
-        if self._thread.is_alive():
-            self._given_up.set()
-            if not self._left_out:
-                self._left_out = True
-                self._warn(
-                    f"W&B did not end within {within_s:.0f} s (at its {self._doing}) and is given up{self._rest()}"
-                )
-            # A stopped or stuck service would also hold up the exit of this process, which waits for it.
-            _kill_services()
-            self._thread.join(GRACE_S)
-        if self._dropped:
-            self._warn(f"W&B lacks {self._dropped} rows; {self._run.metrics.name} has them all")
-
-    def _urgent(self, item: Literal["preempting", "end"]) -> None:
-        while not self._left_out:
-            try:
-                self._items.put_nowait(item)
-                return
-            except queue.Full:
-                with contextlib.suppress(queue.Empty):
-                    self._items.get_nowait()
-                    self._dropped += 1
-
-    # ---- in the thread -------------------------------------------------------------------------
-
-    def _work(self) -> None:
-        try:
-            run = self._begin()
-            self._ready.set()
-            self._doing = "rows"
-            while (item := self._items.get()) != "end":
-                if item == "preempting":
-                    run.mark_preempting()
-                else:
-                    run.log(item)
-                self._probe()
-            self._doing = "end"
-            self._next_probe = 0.0
-            self._probe()
-            run.finish(exit_code=self._code)
-        except Exception as error:  # whatever a tracker raises, training goes on: see the head of this file
-            self._fail(error)
-        finally:
-            self._ready.set()
-            self._bury()
-
-    def _fail(self, error: BaseException) -> None:
-        told, self._left_out = self._left_out, True
-        if told:
-            return
-        if self._doing == "end" and isinstance(error, TimeoutError):
-            self._warn(f"W&B did not take all rows within {FINISH_S:.0f} s of the end{self._rest()}")
-            return
-        self._warn(f"W&B failed and is left out from here on ({_brief(error)}); {self._run.metrics.name} goes on")
-
-    def _rest(self) -> str:
-        """Where rows lie that a server has not taken, and how they get there."""
-        if self._folder == self._run.wandb:
-            return ""
-        return f"; the rest is in the run folder: wandb sync --include-online {self._folder}"
-
-    def _bury(self) -> None:
-        """Take down W&B's service now: its hook at exit would wait for it without a bound, or print a traceback."""
-        import wandb
-
-        if self._left_out:
-            _kill_services()
-        try:
-            wandb.teardown(exit_code=self._code)
-        except (Exception, SystemExit) as error:  # it exits with its service's code
-            self._fail(error)
-
-    def _begin(self) -> Any:
-        """The W&B run: online where that is wanted and works, else offline."""
-        import wandb
-
-        wish = self._settings.wandb
-        # W&B asks a person at a terminal for a key, and waits for the answer.
-        online = wish != "offline" and (
-            _has_key(wandb.setup().settings) or (wish == "online" and not sys.stdin.isatty())
-        )
-        if wish != "offline" and not online:
-            self._say(
-                f"W&B is kept offline, as there is no API key: `wandb login`, then `vitdist sync {self._run.path}`"
-            )
-        id_file = self._run.wandb / "run-id"
-        if not id_file.exists():
-            rundir.publish(id_file, secrets.token_hex(4))
-        _try_disk(self._run.wandb)
-        if online:
-            try:
-                return self._init("online", id_file.read_text())
-            except Exception as error:  # no network, no answer, a wrong key: all of them leave the offline way
-                if self._given_up.is_set():
-                    raise
-                self._warn(
-                    f"W&B cannot be reached ({_brief(error)}): kept offline, `vitdist sync {self._run.path}` uploads it"
-                )
-                with contextlib.suppress(Exception, SystemExit):
-                    wandb.teardown()
-        return self._init("offline", id_file.read_text())
-
-    def _init(self, mode: Literal["online", "offline"], name: str) -> Any:
-        import wandb
-
-        run = wandb.init(
-            project=self._settings.project,
-            entity=self._settings.entity,
-            group=self._settings.group,
-            job_type="train",
-            id=name,
-            name=self._run.name,
-            dir=self._run.path,
-            mode=mode,
-            resume="allow",
-            config=self._about,
-            # Remotes of git and captured output may hold secrets.
-            settings=wandb.Settings(
-                init_timeout=START_S,
-                login_timeout=START_S,
-                x_service_wait=SERVICE_S,
-                finish_timeout=FINISH_S,
-                finish_timeout_raises=True,
-                x_transaction_log_flush_interval=FLUSH_S,
-                console="off",
-                disable_git=True,
-                silent=True,
-            ),
-        )
-        # W&B's own step is shifted when offline parts are joined; ours is the axis.
-        run.define_metric("train/global_step")
-        run.define_metric("*", step_metric="train/global_step")
-        self._folder = Path(run.dir).parent
-        if not self._folder.is_relative_to(self._run.wandb):  # what 0.31 does where it cannot write
-            self._warn(f"W&B writes to {self._folder}, not to the run folder")
-        return run
-
-    def _probe(self) -> None:
-        """Tell of a full disk under W&B, which W&B itself keeps to its debug log."""
-        if time.monotonic() < self._next_probe:
-            return
-        self._next_probe = time.monotonic() + PROBE_EVERY_S
-        try:
-            _try_disk(self._run.wandb)
-        except OSError as error:
-            self._next_probe = math.inf  # told once
-            self._warn(
-                f"W&B may lack rows: its folder cannot be written ({_brief(error)}); {self._run.metrics.name} goes on"
-            )
-
-
-def _brief(error: BaseException) -> str:
-    """Type and first line of an error."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first[:300]}"
-
-
-def _try_disk(folder: Path) -> None:
-    """Write a few blocks and take them away again. Raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".room.") as file:
-        file.write(bytes(RESERVE))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _kill_services() -> None:
-    """Kill the wandb-core processes that this process started."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
-            if name.startswith("wandb-core") and int(rest.split()[1]) == os.getpid():
-                os.kill(int(process.name), signal.SIGKILL)
-        except (OSError, UnicodeDecodeError, ValueError, IndexError):
-            continue  # it ended meanwhile, or has a name that is no text
-
-
-def _has_key(settings: Any) -> bool:
-    if settings.api_key or settings.identity_token_file:
-        return True
-    try:
-        return netrc.netrc().authenticators(urlparse(settings.base_url).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _end_torn_line(handle: int) -> None:

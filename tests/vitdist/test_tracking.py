@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests import fake_wandb, logs_workers
-from vitdist import rundir, selection, tracking
+from vitdist import mirror, rundir, selection, tracking
 from vitdist.config import Tracking
 from vitdist.rundir import RunDir
 from vitdist.tracking import Journal
@@ -310,7 +310,7 @@ def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Monkey
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name, seconds in {"START_S": 1.5, "FINISH_S": 1.0, "GRACE_S": 20.0}.items():
-        monkeypatch.setattr(tracking, name, seconds)
+        monkeypatch.setattr(mirror, name, seconds)
     return monkeypatch
 
 
@@ -427,7 +427,7 @@ def test_W2_a_start_that_never_ends_is_not_waited_for(
     tmp_path: Path, wandb_home: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, seconds in {"START_S": 0.1, "FINISH_S": 0.1, "GRACE_S": 0.1}.items():
-        wandb_home.setattr(tracking, name, seconds)
+        wandb_home.setattr(mirror, name, seconds)
     module, goes_on = types.ModuleType("wandb"), threading.Event()
 
     def init(**options: Any) -> None:
@@ -469,7 +469,7 @@ def test_W4_wandb_core_stopped(
 ) -> None:
     """SIGSTOP: what it does not read fills its socket, then our queue; then rows are dropped."""
     for name, value in {"WAITING": 20, "GRACE_S": 0.5}.items():
-        wandb_home.setattr(tracking, name, value)
+        wandb_home.setattr(mirror, name, value)
     run = RunDir(tmp_path / "run")
     wide = {f"lr/{i}": 0.1 for i in range(400)}
     with Journal(run, run.attempt(0), first=True) as journal:
