@@ -1,10 +1,11 @@
-"""How fast a run goes and what it waits for: images/s, data wait, MFU, memory, time left, the slowest rank.
+"""How fast a run goes and what it waits for: images/s, steps, data wait, MFU, time left, the slowest rank.
 
 Ranks run in step, so all take the time of the slowest, and figures of the step cannot tell which one it is. What can is
 each rank's own time: in its forward passes, which wait for no peer (but under ZeRO-3, where layers are gathered in
 them, so that a slow rank slows the others' too and is hard to see), and standing still for its own data.
 """
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -48,16 +49,36 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Meter:
-    """Times between two rows of the log, on this rank; `world` ranks run in step."""
+    """Times between two rows of the log, on this rank; `world` ranks run in step.
+
+    A step's own time is that between two ends of `step` on this processor: kernels may then still be queued on a GPU,
+    where to wait for them at each step would leave it idle. What runs ahead in one step is waited for in a later one,
+    so the mean is right, and their spread is that of the processor.
+    """
 
     def __init__(self, global_batch: int, flops_per_image: float, world: int, device: torch.device) -> None:
         self._batch, self.flops_per_image, self._world, self._device = global_batch, flops_per_image, world, device
         self._peak = peak_flops(device)
-        self._images, self._busy = 0, 0.0
+        self._updates, self._paused_s = 0, 0.0
+        """Of the rows so far."""
+        self.busy_s = 0.0
+        """Seconds of training so far, without what was left out."""
         self._restart()
 
+    def begin(self) -> None:
+        """Leave out what was before: the start, or its first update, in which loaders and kernels get ready."""
+        self._catch_up()
+        self._restart()
+
+    def _catch_up(self) -> None:
+        """Have the GPU do what is queued: it belongs to what was before."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
     def _restart(self) -> None:
-        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
+        self._start = self._stepped = time.monotonic()
+        self._durations: list[float] = []
+        self._waited = 0.0
         self._computed, self._passes = 0.0, 0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -85,11 +106,13 @@ class Meter:
 
     def step(self) -> None:
         """One update was made."""
-        self._steps += 1
+        now = time.monotonic()
+        self._durations.append(now - self._stepped)
+        self._stepped = now
 
     def own(self) -> Own:
         """This rank's own times since the last row; to be asked before `row`, which starts anew."""
-        computed, steps = self._computed, max(1, self._steps)
+        computed, steps = self._computed, max(1, len(self._durations))
         if self._events:
             self._events[-1][1].synchronize()
             measured = sum(begin.elapsed_time(end) for begin, end in self._events) / 1000  # it tells milliseconds
@@ -99,35 +122,51 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out of the figures what is no training: an evaluation, a save."""
+        self._catch_up()
         before = time.monotonic()
         yield
-        self._start += time.monotonic() - before
+        pause = time.monotonic() - before
+        self._start += pause
+        self._stepped += pause
+        self._paused_s += pause
 
     def row(self, steps_left: int) -> dict[str, float]:
         """Figures since the last row, and start the next."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()  # kernels still queued belong to this row
-        elapsed, steps = max(time.monotonic() - self._start, 1e-9), max(1, self._steps)
-        images_per_s = self._steps * self._batch / elapsed
+        self._catch_up()
+        elapsed, steps = max(time.monotonic() - self._start, 1e-9), max(1, len(self._durations))
+        images = len(self._durations) * self._batch
+        self._updates += len(self._durations)
+        self.busy_s += elapsed
+        # What is left out of the speed is part of the time that is left: of each step as much as so far.
+        pause = self._paused_s / max(1, self._updates)
         figures = {
-            "perf/images_per_s": images_per_s,
+            "perf/images_per_s": images / elapsed,
             "perf/step_s": elapsed / steps,
+            **quantiles(self._durations or [elapsed]),
             "perf/data_wait_pct": 100 * self._waited / elapsed,
-            "perf/eta_s": steps_left * elapsed / steps,
+            "perf/eta_s": steps_left * (elapsed / steps + pause),
         }
         if self._device.type == "cuda":
-            figures["perf/memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+            figures["perf/images_per_s_gpu"] = images / elapsed / self._world
         if self._peak:
-            figures["perf/mfu_pct"] = 100 * images_per_s * self.flops_per_image / (self._peak * self._world)
-        self._images += self._steps * self._batch
-        self._busy += elapsed
+            figures["perf/mfu_pct"] = 100 * images / elapsed * self.flops_per_image / (self._peak * self._world)
         self._restart()
         return figures
 
     @property
     def images_per_s(self) -> float:
-        """Of the whole run so far, training alone."""
-        return self._images / self._busy if self._busy else 0.0
+        """Of this start so far, training alone."""
+        return self._updates * self._batch / self.busy_s if self.busy_s else 0.0
+
+
+def quantiles(durations: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile and longest of the times of steps, in seconds: each that of a step (nearest rank)."""
+    ordered = sorted(durations)
+
+    def of(share: float) -> float:
+        return ordered[math.ceil(share * len(ordered)) - 1]
+
+    return {"perf/step_p50_s": of(0.5), "perf/step_p95_s": of(0.95), "perf/step_max_s": ordered[-1]}
 
 
 def lag(owns: Sequence[Own], step_s: float) -> dict[str, float]:

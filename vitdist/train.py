@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from vitdist import changes, config, console, faults, manifest, rundir, stop
+from vitdist import changes, config, console, faults, ledger, manifest, rundir, stop
 from vitdist.config import Batch, Config, Pixels, SettingsError
 from vitdist.rundir import RunDir
 from vitdist.stop import StopRequest
@@ -40,11 +40,14 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
     from vitdist.decision import Decision
     from vitdist.dist import Processes
     from vitdist.engine import Engine
+    from vitdist.ledger import Ledger
     from vitdist.loss import Loss
     from vitdist.manifest import Identity
     from vitdist.metrics import Lags, Meter
     from vitdist.model import DropPaths
     from vitdist.selection import Evaluations
+    from vitdist.spikes import Spikes
+    from vitdist.system import Machine
     from vitdist.tracking import Journal
 
 
@@ -128,7 +131,10 @@ class Session:
     engine: "Engine"
     identity: "Identity"
     meter: "Meter"
+    machine: "Machine"
     lags: "Lags"
+    spikes: "Spikes"
+    ledger: "Ledger"
     hosts: list[str]
     """Of the ranks."""
     writer: "Writer"
@@ -213,7 +219,7 @@ def _attempt(
     model.import_quickly()
     journal.stage("transformers")
     # data, model with a learning rate for each layer, DeepSpeed
-    session, about = _assemble(run, number, settings, me, journal, watchdog, stopping)
+    session, about = _assemble(run, number, settings, me, journal, watchdog, stopping, began)
     from vitdist.data.reader import DataFailed
     from vitdist.engine import Diverged
 
@@ -223,6 +229,7 @@ def _attempt(
         session.writer.began_at(resumed)
     if session.evaluations:
         session.evaluations.forget_after(resumed.step if resumed else 0)
+    session.ledger.goes_on_from(resumed.step if resumed else 0)
     journal.stage("checkpoint")
     _introduce(session, about, resumed, passed_over)
     journal.stage("W&B and a look at the loader")
@@ -286,9 +293,12 @@ def _assemble(
     journal: "Journal",
     watchdog: Watchdog,
     stopping: StopRequest,
+    began: float,
 ) -> tuple[Session, dict[str, Any]]:
     """Open the data, build the model and its groups, hand them to DeepSpeed; the second value describes them."""
-    from vitdist import checkpoint, decision, dist, loss, metrics, model, optim, selection
+    import torch
+
+    from vitdist import checkpoint, decision, dist, loss, metrics, model, optim, selection, spikes, system
     from vitdist.data import augment
     from vitdist.engine import Engine  # asks at import which device `dist` chose
 
@@ -354,6 +364,7 @@ def _assemble(
     )
     _of_first(me, writer.claim)
     journal.stage("DeepSpeed")
+    past = _of_first(me, lambda: _past(run, attempt))
     evaluations: list[Evaluations] = []
     _of_first(me, lambda: evaluations.append(selection.Evaluations(run, journal.publish)))
     session = Session(
@@ -376,7 +387,10 @@ def _assemble(
         engine=engine,
         identity=identity,
         meter=meter,
+        machine=system.Machine(me.device, run.path if me.first else None),
         lags=metrics.Lags(),
+        spikes=spikes.Spikes(),
+        ledger=ledger.Ledger(past, began, me.world, torch.get_num_threads(), gpu=me.device.type == "cuda"),
         hosts=me.gather(socket.gethostname()),
         writer=writer,
         evaluations=evaluations[0] if evaluations else None,
@@ -398,6 +412,15 @@ def _warm_start(net: "Module", place: str, classes: list[str]) -> str:
         )
     rest = f"; as without it: {', '.join(left[:5])}" + (f" and {len(left) - 5} more" if len(left) > 5 else "")
     return f"warm start: {taken} tensors of {folder}" + (rest if left else "")
+
+
+def _past(run: RunDir, attempt: int) -> list[ledger.Start]:
+    """The starts before this one, and how far each came: a killed one says it by its rows alone."""
+    from vitdist import history
+
+    earlier = [each for each in run.attempts() if each.number < attempt]
+    rows = history.read(run).reached if earlier else {}
+    return [ledger.start(each, rows.get(each.number), faults.read(each)) for each in earlier]
 
 
 def _versions() -> dict[str, str | None]:
@@ -476,19 +499,23 @@ def _steps(s: Session, batches: "Iterator[MicroBatch]", evaluate_every: int, sav
     broken, skips = Broken(), Skips()
     first = True
     engine.train()
+    s.meter.begin()
     while engine.steps < s.total and not _patience_ends(s, evaluate_every):
         skipped = engine.skipped
         losses.append(_update(s, batches, broken, skips))
+        step = engine.steps
+        last = step == s.total
+        row_is_due = step % settings.tracking.log_every == 0 or last
         if first:
             first = False
             s.journal.stage("first update")
             s.journal.started()
-        step = engine.steps
+            if not row_is_due:
+                s.meter.begin()  # the first one waited for loaders and kernels to get ready
         skips.in_a_row = skips.in_a_row + 1 if engine.skipped > skipped else 0
         if skips.in_a_row:
             _judge_skips(s, skips)
-        last = step == s.total
-        if step % settings.tracking.log_every == 0 or last:
+        if row_is_due:
             _log(s, losses, broken)
             losses = []
         s.progress("training")
@@ -571,16 +598,19 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
     """One row of figures of the steps since the last; ends a run that cannot learn any more."""
     import torch
 
-    from vitdist import metrics
+    from vitdist import metrics, system
 
     engine, step = s.engine, s.engine.steps
     seen = step * s.batch.global_batch
-    finite = torch.stack(losses).double().cpu()
-    finite = finite[finite.isfinite()]  # a step whose loss was not was skipped, and is told by itself
-    total, number = s.me.sum(torch.tensor([float(finite.sum()), float(len(finite))], dtype=torch.float64)).tolist()
-    loss = total / number if number else math.nan
+    mine = torch.stack(losses).double().cpu()
+    finite = mine.isfinite()  # a step whose loss was not was skipped, and is told by itself
+    sums, numbers = s.me.sum(torch.stack([mine.where(finite, 0.0), finite.double()]))
+    loss = float(sums.sum() / numbers.sum())  # NaN where none was
+    for text in s.spikes.see(step - len(losses), (sums / numbers).tolist()):
+        s.journal.warn("loss_spike", text)
     _note_broken(s, broken)
-    owns = s.me.gather(s.meter.own())
+    told = s.me.gather((s.meter.own(), s.machine.now()))
+    owns = [own for own, _ in told]
     speed = s.meter.row(s.total - step)
     speed |= metrics.lag(owns, speed["perf/step_s"])
     for kind, text in s.lags.see(owns, speed["perf/step_s"], s.hosts):
@@ -599,6 +629,8 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
             "data/bad_samples": len(broken.known),
             **{f"data/bad_{reason}": number for reason, number in sorted(broken.reasons.items())},
             **speed,
+            **system.figures([now for _, now in told]),
+            **s.ledger.row(step, s.meter.busy_s),
         },
     )
     # Counted are samples, not meetings: one that every epoch meets again is one.
