@@ -2,14 +2,16 @@
 
     history.read(run).series("train/loss")    # steps and values, as arrays
 
-Read in one pass into 8 bytes a figure: of 100,000 rows of 30 figures, dicts would take ten times that. The rows stand
-in the order of steps; of steps that were done twice (after a resume), the newest count. Lines that a killed writer left
-half-written are passed over.
+Read in one pass, 16 bytes a figure. The rows stand in the order of steps; of steps that were done twice (after a
+resume), the newest count. Lines that a killed writer left half-written are passed over.
+
+Arrow parses what it reads as Python does: 100,000 rows of 36 figures, 126 MB of text, take 1.4 s of a core, by json
+alone 2.4 s (2026-11-28).
 """
 
+import contextlib
 import json
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +20,11 @@ import numpy as np
 from vitdist.rundir import RunDir
 
 STEP, ATTEMPT, TIME, EVALUATION = "train/global_step", "attempt", "time", "val/loss"
+AT_ONCE = 1 << 20
+"""Bytes that are parsed together."""
+
+Column = tuple[np.ndarray, np.ndarray]
+"""Of a figure, in the order of rows: rows int64, values float64, all finite."""
 
 
 class Reached(NamedTuple):
@@ -29,114 +36,146 @@ class Reached(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Rows that have the same keys."""
-
-    at: np.ndarray
-    """int64 [rows]: which place among all that count each of them has, -1 where it does not count."""
-    values: np.ndarray
-    """float64 [rows, keys]; NaN for what is no number."""
-
-
-@dataclass(frozen=True)
 class History:
     steps: np.ndarray
     """int64 [rows]: the step of each row that counts; twice where it was trained and evaluated."""
+    columns: dict[str, Column]
     reached: dict[int, Reached]
     """Of each attempt that wrote a row."""
-    blocks: dict[tuple[str, ...], _Block]
 
     def names(self) -> set[str]:
-        """What rows that count have a value of, whatever that is."""
-        return {key for keys, block in self.blocks.items() if (block.at >= 0).any() for key in keys}
+        """The figures that there are."""
+        return set(self.columns)
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps int64, values float64) of one figure, without gaps, infinities and NaN."""
-        places, values = [np.empty(0, np.int64)], [np.empty(0)]
-        for keys, block in self.blocks.items():
-            if key in keys:
-                column = block.values[:, keys.index(key)]
-                good = np.isfinite(column) & (block.at >= 0)
-                places.append(block.at[good])
-                values.append(column[good])
-        at, found = np.concatenate(places), np.concatenate(values)
-        order = np.argsort(at, kind="stable")
-        return self.steps[at[order]], found[order]
+        rows, values = self.columns.get(key, (np.empty(0, np.int64), np.empty(0)))
+        return self.steps[rows], values
 
 
 def read(run: RunDir) -> History:
     """All rows of the run; none before the first one was written."""
-    steps, attempts, kinds = array("q"), array("q"), array("b")
-    blocks: dict[tuple[str, ...], tuple[array[int], array[float]]] = {}
-    reached: dict[int, Reached] = {}
-    first_of_attempt: dict[int, int] = {}
-    for row in _rows(run):
-        step, attempt, evaluated = row[STEP], row[ATTEMPT], EVALUATION in row
-        if not evaluated:  # an evaluation that was owed is of the step that the attempt goes on from
-            first_of_attempt.setdefault(attempt, step)
-        earlier = reached[attempt].time if attempt in reached else None
-        reached[attempt] = Reached(step, row.get(TIME, earlier))
-        lines, values = blocks.setdefault(tuple(row), (array("q"), array("d")))
-        lines.append(len(steps))
-        _append(values, row)
-        steps.append(step)
-        attempts.append(attempt)
-        kinds.append(evaluated)
-    step_of = np.array(steps, np.int64)
-    place = _places(step_of, np.array(attempts, np.int64), np.array(kinds, np.int64), first_of_attempt)
-    counted = np.empty(place.max(initial=-1) + 1, np.int64)
-    counted[place[place >= 0]] = step_of[place >= 0]
+    pieces: dict[str, list[Column]] = {}
+    evaluated: list[np.ndarray] = [np.empty(0, bool)]
+    count = 0
+    for columns, kinds in _parts(run):
+        for key, (rows, values) in columns.items():
+            good = np.isfinite(values)
+            pieces.setdefault(key, []).append((rows[good] + count, values[good]))
+        evaluated.append(kinds)
+        count += len(kinds)
+    nothing = np.empty(0, np.int64), np.empty(0)
+    columns = {key: _joined(found) for key, found in pieces.items()}
+    steps, attempts = (columns.get(key, nothing)[1].astype(np.int64) for key in (STEP, ATTEMPT))
+    place, order = _places(steps, attempts, np.concatenate(evaluated))
     return History(
-        counted,
-        reached,
-        {
-            keys: _Block(place[np.array(lines, np.int64)], np.array(values).reshape(len(lines), len(keys)))
-            for keys, (lines, values) in blocks.items()
-        },
+        steps[order],
+        {key: found for key, column in columns.items() if len((found := _placed(place, *column))[0])},
+        _reached(steps, attempts, *columns.get(TIME, nothing)),
     )
 
 
-def _rows(run: RunDir) -> Iterator[dict[str, Any]]:
-    """The lines that are whole."""
+def _joined(pieces: list[Column]) -> Column:
+    rows, values = zip(*pieces, strict=True)
+    return np.concatenate(rows), np.concatenate(values)
+
+
+def _places(steps: np.ndarray, attempts: np.ndarray, evaluated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Place of each row among those that count, and these in their order.
+
+    -1 for one that was written anew, or is beyond where a later attempt began.
+    """
+    order = np.lexsort((evaluated, steps))  # stable: the newest of equal ones is the last
+    last = np.ones(len(order), bool)
+    last[:-1] = (np.diff(steps[order]) != 0) | np.diff(evaluated[order])
+    order = order[last]
+    # An evaluation that was owed is of the step that an attempt goes on from, so it does not begin one.
+    numbers, begun = np.unique(attempts[~evaluated], return_index=True)
+    first = steps[~evaluated][begun]
+    # The lowest first step of each attempt and those after it; none is beyond the last one's.
+    lowest = np.minimum.accumulate(np.append(first, np.iinfo(np.int64).max)[::-1])[::-1]
+    order = order[steps[order] < lowest[np.searchsorted(numbers, attempts[order], "right")]]
+    place = np.full(len(steps), -1, np.int64)
+    place[order] = np.arange(len(order))
+    return place, order
+
+
+def _placed(place: np.ndarray, rows: np.ndarray, values: np.ndarray) -> Column:
+    """A column by places among the rows that count."""
+    at = place[rows]
+    at, values = at[at >= 0], values[at >= 0]
+    order = np.argsort(at, kind="stable")
+    return at[order], values[order]
+
+
+def _reached(steps: np.ndarray, attempts: np.ndarray, timed: np.ndarray, times: np.ndarray) -> dict[int, Reached]:
+    """Of each attempt the step of its last row, and the last time that one of its rows has."""
+    last = dict(zip(attempts.tolist(), steps.tolist(), strict=True))
+    known = dict(zip(attempts[timed].tolist(), times.tolist(), strict=True))
+    return {attempt: Reached(step, known.get(attempt)) for attempt, step in last.items()}
+
+
+# ---- parsing -----------------------------------------------------------------------------------
+
+
+def _parts(run: RunDir) -> Iterator[tuple[dict[str, Column], np.ndarray]]:
+    """Piece by piece: columns, with rows numbered from 0, and which rows are evaluations."""
     if not run.metrics.exists():
         return
     with open(run.metrics, "rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line.decode())
-            except ValueError:  # half a line, or half a letter
-                continue
-            if isinstance(row, dict) and isinstance(row.get(STEP), int) and isinstance(row.get(ATTEMPT), int):
-                yield row
+        while text := file.read(AT_ONCE) + file.readline():
+            yield _by_arrow(text) or _by_lines(text.split(b"\n"))
 
 
-def _append(values: "array[float]", row: Mapping[str, Any]) -> None:
-    """The values of `row`, NaN for those that are no numbers or larger than any float."""
+def _by_arrow(text: bytes) -> tuple[dict[str, Column], np.ndarray] | None:
+    """The columns of `text`; None where Arrow reads it otherwise than line by line, or not at all."""
+    import pyarrow
+    import pyarrow.json
+
+    # It tells null from nothing as little as two rows on one line from rows of their own, and does not look at letters.
+    if b"null" in text or b"}{" in text:
+        return None
+    whole = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text) + 1)
     try:
-        values.fromlist(list(row.values()))  # all or none
-    except (TypeError, OverflowError):
-        values.extend(_number(value) for value in row.values())
+        text.decode()
+        table = pyarrow.json.read_json(pyarrow.BufferReader(text), whole)
+    except (UnicodeDecodeError, pyarrow.ArrowException):
+        return None
+    names = table.column_names
+    if not all(name in names and table.column(name).type == pyarrow.int64() for name in (STEP, ATTEMPT)):
+        return None
+    lines = text.count(b"\n") + (not text.endswith(b"\n"))
+    if len(table) != lines or table.column(STEP).null_count or table.column(ATTEMPT).null_count:
+        return None
+    rows, columns = np.arange(lines), {}
+    for name, column in zip(names, table.columns, strict=True):
+        kind = column.type
+        if pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind):
+            columns[name] = rows, column.cast(pyarrow.float64(), safe=False).to_numpy()
+    evaluated = EVALUATION in names
+    return columns, table.column(EVALUATION).is_valid().to_numpy() if evaluated else np.zeros(lines, bool)
+
+
+def _by_lines(lines: Iterable[bytes]) -> tuple[dict[str, Column], np.ndarray]:
+    """The columns of the lines that are whole."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    evaluated: list[bool] = []
+    for line in lines:
+        row = None
+        with contextlib.suppress(ValueError):  # half a line, or half a letter
+            row = json.loads(line.decode())
+        if isinstance(row, dict) and isinstance(row.get(STEP), int) and isinstance(row.get(ATTEMPT), int):
+            for key, value in row.items():
+                rows, values = found.setdefault(key, ([], []))
+                rows.append(len(evaluated))
+                values.append(_number(value))
+            evaluated.append(EVALUATION in row)
+    columns = {key: (np.array(rows, np.int64), np.array(values)) for key, (rows, values) in found.items()}
+    return columns, np.array(evaluated, bool)
 
 
 def _number(value: Any) -> float:
-    try:
+    """NaN for what is no number or larger than any float."""
+    with contextlib.suppress(OverflowError):
         return float(value) if isinstance(value, int | float) else np.nan
-    except OverflowError:
-        return np.nan
-
-
-def _places(steps: np.ndarray, attempts: np.ndarray, kinds: np.ndarray, first: Mapping[int, int]) -> np.ndarray:
-    """Place of each row by (step, kind); -1 for one written anew, or beyond where a later attempt began."""
-    order = np.lexsort((kinds, steps))  # stable: the newest of equal ones is the last
-    last = np.ones(len(order), bool)
-    last[:-1] = (np.diff(steps[order]) != 0) | (np.diff(kinds[order]) != 0)
-    kept = order[last]
-    # Of attempts in their order, the lowest first step of those from each one on; nothing is beyond the last one's.
-    numbers = np.array(sorted(first), np.int64)
-    lowest = np.minimum.accumulate(np.array([np.iinfo(np.int64).max, *(first[n] for n in numbers[::-1].tolist())]))[
-        ::-1
-    ]
-    kept = kept[steps[kept] < lowest[np.searchsorted(numbers, attempts[kept], "right")]]
-    place = np.full(len(steps), -1, np.int64)
-    place[kept] = np.arange(len(kept))
-    return place
+    return np.nan

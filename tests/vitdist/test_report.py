@@ -264,6 +264,24 @@ def test_cost_counts_every_rank_and_thread(tmp_path: Path) -> None:
     assert words.cost(found) == ("4", "GPU-hours")
 
 
+@pytest.mark.parametrize("home", ["free", "a file", "none"])
+def test_the_script_of_charts_is_kept_where_that_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    def where() -> Path:
+        if home == "none":
+            raise RuntimeError("Could not determine home directory.")
+        return tmp_path / "home"
+
+    made = []
+    if home == "a file":
+        (tmp_path / "home").touch()
+    monkeypatch.setattr(Path, "home", where)
+    monkeypatch.setattr(charts.vl_convert, "javascript_bundle", lambda text: made.append(text) or "vega")
+    assert [charts.vega.__wrapped__() for _ in range(2)] == ["vega", "vega"]
+    assert len(made) == (1 if home == "free" else 2)
+
+
 # ---- the page ----------------------------------------------------------------------------------
 
 

@@ -5,15 +5,19 @@
 # would write the same charts for 0.7 s of import and 2 s of checking its own output; matplotlib's SVG (0.9 s of
 # import) has fixed colours and answers to nothing.
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import vl_convert
 
+from vitdist import rundir
 from vitdist.report.facts import Facts, Points
 from vitdist.report.words import percent
 
@@ -21,6 +25,7 @@ POINTS = 600  # of a curve: with the extremes of each bucket kept, as many as a 
 FAN_POINTS = 100  # of each layer's learning rate: smooth, and there may be 34 of them
 SPARSE = 60  # points up to which each one is marked
 COLOURS = 8  # c1, c2, ... of the style sheets; curves beyond them are dashed in the same colours
+VEGA_LITE = "6.4"  # the newest that vl-convert has
 NAMED = 8  # names in the legend of a fan in a file, where no pointer asks for the others
 
 Specification = dict[str, Any]
@@ -149,8 +154,24 @@ CHARTS = (losses, quality, rates, gradient, loss_scale, skipped, throughput, wai
 
 @functools.cache
 def vega() -> str:
-    """Vega, Vega-Lite and vegaEmbed as one script; 1.8 s of work."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    """Vega, Vega-Lite and vegaEmbed as one script: 1.8 s of work, so kept for the next report."""
+    # Not yet there, not to be written (OSError), or no home at all (RuntimeError): then it is made.
+    with contextlib.suppress(OSError, RuntimeError):
+        return kept().read_text(encoding="utf-8")
+    made = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    with contextlib.suppress(OSError, RuntimeError):
+        rundir.publish(kept(), made)
+    return made
+
+
+def kept() -> Path:
+    return Path.home() / ".cache" / "vitdist" / f"vega-{metadata.version('vl-convert-python')}.js"
+
+
+def picture(drawing: Specification) -> dict[str, bytes]:
+    """Kind of file -> content, of a specification that brings its data along; half a second, the first one two."""
+    svg = vl_convert.vegalite_to_svg(drawing, vl_version=VEGA_LITE)
+    return {"svg": svg.encode(), "png": vl_convert.vegalite_to_png(drawing, vl_version=VEGA_LITE, scale=2)}
 
 
 def themed(name: str) -> str:
