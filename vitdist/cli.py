@@ -14,6 +14,7 @@ vitdist sync runs/NAME                            # upload offline W&B rows wher
 """
 
 import argparse
+import functools
 import os
 import re
 import subprocess
@@ -291,9 +292,21 @@ def _follow_a_run(commands: Commands) -> None:
     )
     checkpoints.set_defaults(run=_checkpoints)
 
-    report = commands.add_parser("report", help="write RUN/report.html from the run folder")
-    report.add_argument("folder", nargs="+", metavar="RUN")
-    report.set_defaults(run=_report)
+    report = commands.add_parser("report", help="a run as a page, as Markdown or as figures, from its folder alone")
+    report.add_argument("folder", nargs="*", metavar="RUN", help="run folder, at any moment of the run")
+    report.add_argument("--out", metavar="FILE", help="where to write the page or the Markdown (default: in the run)")
+    report.add_argument("--markdown", action="store_true", help="RUN/report.md, for a pull request or a paper")
+    report.add_argument(
+        "--figures", nargs="?", const="", metavar="FOLDER", help="each figure as SVG and PNG (default: RUN/figures)"
+    )
+    report.add_argument(
+        "--watch",
+        nargs="?",
+        const="30",
+        metavar="SECONDS",
+        help="the page every 30 seconds while the run goes on",
+    )
+    report.set_defaults(run=_report, interrupted="; the page stays as it is")
 
     sync = commands.add_parser("sync", help="upload the offline W&B parts of runs, oldest first; safe to repeat")
     sync.add_argument("folder", nargs="+", metavar="RUN")
@@ -594,10 +607,30 @@ def _prune(run: RunDir, steps: list[int]) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from vitdist.report import page
+    from vitdist.report import forms
 
-    for run in _runs(args.folder):
-        print(page.write(run))
+    every, place, folders = args.watch, args.figures, args.folder
+    if every and not _NUMBER.fullmatch(every):  # `--watch runs/NAME`, which argparse takes for the seconds
+        every, folders = "30", [every, *folders]
+    if place and (not folders or RunDir(Path(place)).config.exists()):
+        place, folders = "", [place, *folders]
+    if not folders:
+        raise ValueError("which run? vitdist report runs/NAME")
+    if every and (args.markdown or place is not None):
+        raise ValueError("--watch: only the page is made again and again; leave --markdown and --figures away")
+    if args.out and place is not None and not args.markdown:
+        raise ValueError("--out: names the page or the Markdown; --figures=FOLDER says where figures go")
+    if args.out and len(folders) > 1:
+        raise ValueError("--out: of several runs, each would be written over the one before")
+    out = Path(args.out) if args.out else None
+    for run in _runs(folders):
+        if every:
+            forms.follow(functools.partial(forms.page, run, out), max(1, int(every)))
+            continue
+        made = [] if place is None else forms.drawings(run, Path(place) if place else None)
+        if args.markdown:
+            made.append(forms.text(run, out, made))
+        print(*(made or [forms.page(run, out).path]), sep="\n")
 
 
 def _sync(args: argparse.Namespace) -> int:

@@ -1,10 +1,13 @@
 """A run in words and figures as people say them, for all forms of its report."""
 
+import argparse
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from vitdist.data import storage
+from vitdist.report import folders
 from vitdist.report.facts import Facts, Record, Start, undone, waits
 
 
@@ -19,9 +22,9 @@ def duration(seconds: float) -> str:
 
 
 def figure(value: Any) -> str:
-    """A number with the digits that matter; other things as text."""
+    """A number with the digits that matter; other things as text, URLs without what is secret in them."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "none" if value is None else str(value)
+        return "none" if value is None else open_to_all(str(value))
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -82,10 +85,32 @@ def goodput(starts: Sequence[Start]) -> str:
     return text + (f" with {duration(between)} between them." if between >= 1 else ".")
 
 
-def submission(env: Record, name: str) -> str:
-    """The command that submitted a run, for one of this name; empty if it was not submitted."""
-    argv = [str(part) for part in env.get("argv") or ()]
+def open_to_all(text: str) -> str:
+    """Text that may hold a URL, without passwords and signatures: a report is passed on."""
+    return storage.shown(text) if "://" in text else text
+
+
+def submission(env: Record, name: str, point: Sequence[str] = ()) -> str:
+    """The command that submitted a run, for one of this name; empty if it was not submitted.
+
+    Of a `point` of a sweep, which are its settings, the command that would have submitted it alone.
+    """
+    argv = [open_to_all(str(part)) for part in env.get("argv") or ()]
     if not argv or not argv[0].endswith("submit.py"):
         return ""
-    named = argv.index("--name") if "--name" in argv[:-1] else len(argv)
-    return shlex.join(["python", *argv[:named], *argv[named + 2 :], "--name", name])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--name")
+    if point:
+        parser.add_argument("--sweep", nargs="+", action="extend")
+        parser.add_argument("--parallel")
+    _, kept = parser.parse_known_args(argv)
+    return shlex.join(["python", *kept, *map(open_to_all, point), "--name", name])
+
+
+def reproduction(facts: Facts) -> list[str]:
+    """The commands that run the same once more."""
+    run, env, at = facts.run, facts.env, shlex.quote(str(facts.run.path))
+    lines = [f"git checkout {env['commit']}"] if env.get("commit") else []
+    lines += [f"git apply {at}/patch.diff"] if env.get("dirty") and run.patch.exists() else []
+    direct = f"torchrun --nproc-per-node {facts.record.get('world', 1)} -m vitdist.train {at}/config.yaml"
+    return [*lines, submission(env, f"{run.name}-again", folders.overrides(run)) or direct]
