@@ -5,8 +5,8 @@
         server.behave = "hang"                             # or "ok", 401, 500: every later request
         server.rows, server.ends
 
-Covers what wandb-core 0.28 to 0.31 asks during a run (GraphQL and the file stream) and when a report is saved. It
-proves nothing about what the real server does with the answers.
+Covers what wandb-core 0.28 to 0.31 asks during a run and a sync (GraphQL and the file stream), when a run is looked up
+and when a report is saved. It proves nothing about what the real server does with the answers.
 """
 
 import gzip
@@ -34,6 +34,12 @@ class Server:
         """History of each run, by id."""
         self.ends: list[dict[str, Any]] = []
         """What the file stream said last of each run: complete, exitcode, preempting."""
+        self.refuses: dict[str, int] = {}
+        """Status by the last word of an address, graphql, file_stream or files: nothing of what is sent there is kept."""
+        self.holds_at: int | None = None
+        """Of each run so many rows are kept, then the file stream gets no answer any more."""
+        self.holding = threading.Event()
+        """Set by the first request that is held."""
         self.views: dict[str, dict[str, Any]] = {}
         """Reports by id: displayName, description, type, spec (text)."""
         self.asked = threading.Event()
@@ -75,10 +81,16 @@ class Server:
                     return
                 if isinstance(server.behave, int):
                     status = server.behave
+                elif refused := server.refuses.get(self.path.split("/")[-1]):
+                    status = refused
                 elif self.path.endswith("/graphql"):
                     found = {"data": server.query(json.loads(body))}
                 elif self.path.endswith("/file_stream"):
-                    server.stream(self.path.split("/")[-2], json.loads(body))
+                    if not server.stream(self.path.split("/")[-2], json.loads(body)):
+                        server.holding.set()
+                        server._over.wait()
+                        self.close_connection = True
+                        return
                 content = json.dumps(found).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -110,6 +122,8 @@ class Server:
             case "CreateRunFiles":
                 files = [{"name": file, "uploadUrl": f"{self.url}/files"} for file in values.get("files", [])]
                 return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+            case "Run" | "RunHistoryKeys":
+                return {"project": {"run": self._known(values["name"])}}
             case "GetDefaultEntity":
                 return {"viewer": {"id": "u", "entity": "me"}}
             case "ProjectInternalId":
@@ -139,7 +153,9 @@ class Server:
         counts = {"historyLineCount": len(lines), "eventsLineCount": 0, "logLineCount": 0}
         tails = {"historyTail": json.dumps([json.dumps(line) for line in lines[-1:]]), "eventsTail": "[]"}
         about = {"id": run, "name": run, "displayName": run, "config": "{}", "summaryMetrics": "{}", "tags": []}
-        return about | counts | tails | {"wandbConfig": '{"t": 1}', "notes": None}
+        keys = {"historyKeys": {"lastStep": max((line["_step"] for line in lines), default=-1)}}
+        more = {"wandbConfig": '{"t": 1}', "notes": None, "projectId": "1", "state": "running", "systemMetrics": "{}"}
+        return about | counts | tails | keys | more
 
     def _view(self, view: str) -> dict[str, Any] | None:
         if view not in self.views:
@@ -148,11 +164,16 @@ class Server:
         about = {key: self.views[view][key] for key in ("type", "name", "displayName", "description", "spec")}
         return about | {"id": view, "project": project, "createdAt": None, "updatedAt": "2026-01-01T00:00:00Z"}
 
-    def stream(self, run: str, sent: dict[str, Any]) -> None:
-        """Rows of a run, and whether it is at its end."""
+    def stream(self, run: str, sent: dict[str, Any]) -> bool:
+        """Rows of a run, and whether it is at its end. Returns whether that gets an answer."""
         part = (sent.get("files") or {}).get("wandb-history.jsonl")
         if part:
             lines = self.rows.setdefault(run, [])
-            lines[part["offset"] :] = [json.loads(line) for line in part["content"]]
+            start, rows = part["offset"], [json.loads(line) for line in part["content"]]
+            kept = rows if self.holds_at is None else rows[: max(self.holds_at - start, 0)]
+            lines[start : start + len(kept)] = kept
+            if len(lines) == self.holds_at:
+                return False
         if sent.get("complete") is not None or sent.get("preempting"):
             self.ends.append({key: sent.get(key) for key in ("complete", "exitcode", "preempting")})
+        return True

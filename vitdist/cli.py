@@ -17,7 +17,6 @@ import argparse
 import functools
 import os
 import re
-import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -308,9 +307,17 @@ def _follow_a_run(commands: Commands) -> None:
     )
     report.set_defaults(run=_report, interrupted="; the page stays as it is")
 
-    sync = commands.add_parser("sync", help="upload the offline W&B parts of runs, oldest first; safe to repeat")
-    sync.add_argument("folder", nargs="+", metavar="RUN")
-    sync.set_defaults(run=_sync)
+    sync = commands.add_parser(
+        "sync", help="upload the offline W&B parts of runs, oldest first; safe to repeat, and while they train"
+    )
+    sync.add_argument("folder", nargs="*", metavar="RUN", help="a run, or a folder of runs (default: runs)")
+    sync.add_argument("--jobs", type=_positive, default=4, metavar="N", help="runs at a time (default 4)")
+    sync.add_argument("--watch", nargs="?", const="60", metavar="SECONDS", help="again every 60 seconds, until Ctrl-C")
+    sync.add_argument(
+        "--include-online", action="store_true", help="also what runs that were online could not upload themselves"
+    )
+    sync.add_argument("--dry-run", action="store_true", help="tell what would be uploaded")
+    sync.set_defaults(run=_sync, interrupted=_GOES_ON)
 
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -634,16 +641,18 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _sync(args: argparse.Namespace) -> int:
-    code = 0
-    for run in _runs(args.folder):
-        parts = sorted(p for p in run.wandb.glob("offline-run-*") if not any(p.glob("*.synced")))
-        if not parts:
-            print(f"{run.path}: nothing to upload")
-            continue
-        # Parts of one W&B run are appended in the order of their start, which their names carry.
-        done = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, parts)])
-        code = code or done.returncode
-    return code
+    from vitdist import sync
+
+    every, folders = args.watch, args.folder
+    if every and not _NUMBER.fullmatch(every):  # `--watch runs/NAME`, which argparse takes for the seconds
+        every, folders = "60", [every, *folders]
+    folders = folders or ["runs"]
+    runs = sync.find(folders)
+    if args.dry_run:
+        return sync.listing(runs, args.include_online)
+    if every:
+        return sync.watch(folders, args.jobs, args.include_online, max(int(every), 1))
+    return sync.once(runs, args.jobs, args.include_online)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,266 @@
+"""`vitdist sync`: runs' offline W&B parts to the server, from the login node. Imports no torch and no wandb.
+
+Each run has a process of its own (vitdist/upload.py), several at a time: W&B's service and its settings belong to a
+process, and what a run's upload meets stays with that run.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitdist import rundir, upload
+from vitdist.console import progress
+from vitdist.rundir import RunDir
+
+QUIET_S = 600.0
+"""A part that nothing was written to for this long grows no more. A trainer writes system figures every 15 s."""
+ENDING_S = 5.0
+"""What a child gets to end when the sync is interrupted."""
+
+
+def find(folders: Sequence[str]) -> list[RunDir]:
+    """The runs that `folders` are or have in them, each once. Raises ValueError."""
+    found: dict[Path, RunDir] = {}
+    for name in folders:
+        folder = Path(name)
+        inside = [folder] if (folder / "config.yaml").exists() else _inside(folder)
+        if not inside:
+            raise ValueError(f"{folder} is no run folder (it has no config.yaml), and none lies in it")
+        for path in inside:
+            found.setdefault(path.resolve(), RunDir(path))
+    return list(found.values())
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/config.yaml"))
+
+
+@dataclass
+class Outcome:
+    """What became of one run."""
+
+    run: RunDir
+    notes: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    sent: int = 0
+    parts: int = 0
+    unfinished: bool = False
+    busy: bool = False
+    url: str = ""
+    server: bool = False
+    """It failed by what other runs would meet as well."""
+
+    def take(self, told: dict[str, Any]) -> None:
+        """One line of the child."""
+        part = told.get("part", "")
+        if "error" in told:
+            self.errors.append(f"{part}: {told['error']}" if part else told["error"])
+            self.server |= bool(told.get("server"))
+        elif told.get("busy"):
+            self.busy = True
+        elif told.get("empty"):
+            self.notes.append(f"{part} has nothing in it: its start was killed before anything was written")
+        else:
+            self.sent += told["sent"]
+            self.unfinished |= told["unfinished"]
+            if "url" in told:
+                self.parts += 1
+                self.url = told["url"] or self.url
+            if told.get("damaged"):
+                self.notes.append(f"{part} is damaged in {told['damaged']} places: what lay there is left out")
+
+    @property
+    def kind(self) -> str:
+        if self.errors:
+            return "failed"
+        if self.busy:
+            return "left to another sync"
+        return "so far, still training" if self.unfinished else "uploaded" if self.parts else "nothing to upload"
+
+    def lines(self) -> list[str]:
+        """What is told of it when it is done."""
+        found = list(self.notes)
+        if self.parts or self.busy:
+            rows = f", {self.sent:,} rows in {self.parts} part{'s' * (self.parts != 1)}" if self.parts else ""
+            found.insert(0, f"{self.kind}{rows} {self.url}".rstrip())
+        return [f"{self.run.name}: {text}" for text in found]
+
+
+class Sync:
+    """Uploads of some runs. `online`: parts that were online too."""
+
+    def __init__(self, jobs: int, online: bool) -> None:
+        self._jobs, self._online = jobs, online
+        self._children: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._over = False
+
+    def pending(self, run: RunDir) -> list[Path]:
+        """The folders of parts that are not all uploaded, or cannot be read."""
+        found = []
+        for folder in upload.folders(run, self._online):
+            with contextlib.suppress(OSError):  # the child says why
+                log = upload.log_of(folder)
+                if log is not None and upload.uploaded(log):
+                    continue
+            found.append(folder)
+        return found
+
+    def round(self, runs: Sequence[RunDir]) -> list[Outcome]:
+        """Upload what there is of each run, and tell of it. Raises KeyboardInterrupt."""
+        due = [run for run in runs if self.pending(run)]
+        outcomes = [Outcome(run) for run in runs if run not in due]
+        pool = ThreadPoolExecutor(self._jobs)
+        try:
+            with progress("uploading", len(due), "runs") as show:
+                for done in as_completed([pool.submit(self._one, run) for run in due]):
+                    outcomes.append(done.result())
+                    for line in outcomes[-1].lines():
+                        print(line, flush=True)
+                    show(sum(outcome.run in due for outcome in outcomes))
+        except BaseException:
+            self._stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return outcomes
+
+    def _one(self, run: RunDir) -> Outcome:
+        outcome = Outcome(run)
+        if self._over:
+            outcome.errors.append("not tried")
+            return outcome
+        try:
+            training = _trains(run)
+        except (OSError, ValueError) as error:
+            outcome.errors.append(str(error))
+            return outcome
+        flags = ["--online"] * self._online + ["--training"] * training
+        command = [sys.executable, "-m", "vitdist.upload", str(run.path), *flags]
+        with self._started(command) as child:
+            assert child.stdout
+            assert child.stderr
+            said: list[str] = []
+            reader = threading.Thread(target=said.extend, args=(child.stderr,), daemon=True)
+            reader.start()
+            for line in child.stdout:
+                outcome.take(json.loads(line))
+            code = child.wait()
+            reader.join()
+        if code and not outcome.errors:
+            last = said[-1].strip() if said else f"signal {-code}" if code < 0 else f"exit code {code}"
+            outcome.errors.append(f"its upload ended too early ({last}): the same command goes on")
+        self._over |= outcome.server
+        return outcome
+
+    @contextlib.contextmanager
+    def _started(self, command: list[str]) -> Iterator[subprocess.Popen[str]]:
+        # A session of its own: Ctrl-C at the terminal reaches this process alone, which ends the children.
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        with self._lock:
+            self._children.add(child)
+        try:
+            yield child
+        finally:
+            with self._lock:
+                self._children.discard(child)
+
+    def _stop(self) -> None:
+        self._over = True
+        with self._lock:
+            children = list(self._children)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+        for child in children:
+            try:
+                child.wait(ENDING_S)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+
+
+def _trains(run: RunDir) -> bool:
+    """Whether the run's newest part may still grow. Raises ValueError and OSError."""
+    if rundir.state(run).get("state") != "running":
+        return False
+    logs = [log for folder in upload.folders(run, online=True) if (log := upload.log_of(folder))]
+    return bool(logs) and time.time() - logs[-1].stat().st_mtime < QUIET_S
+
+
+def once(runs: Sequence[RunDir], jobs: int, online: bool) -> int:
+    """Upload; returns 0, or 1 if a run failed."""
+    return _sum_up(Sync(jobs, online).round(runs))
+
+
+def watch(folders: Sequence[str], jobs: int, online: bool, every_s: float) -> int:
+    """Upload again and again, new runs too, until Ctrl-C. Returns 0, or 1 if a run failed in the last round."""
+    code, told = 0, None
+    print(f"looks every {every_s:.0f} s for new rows, until Ctrl-C", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            failures = _failures(Sync(jobs, online).round(find(folders)))
+            code = int(bool(failures))
+            if failures != told:
+                told = failures
+                _tell(failures)
+            time.sleep(every_s)
+    print("no longer watching; the same command goes on")
+    return code
+
+
+def listing(runs: Sequence[RunDir], online: bool) -> int:
+    """Tell what would be uploaded."""
+    for run in runs:
+        parts = Sync(1, online).pending(run)
+        print(f"{run.path}: {len(parts) or 'no'} part{'s' * (len(parts) != 1)} to upload")
+        for part in parts:
+            print(f"    {part.name}")
+    return 0
+
+
+def _sum_up(outcomes: Sequence[Outcome]) -> int:
+    if len(outcomes) == 1 and outcomes[0].kind == "nothing to upload":
+        print(f"{outcomes[0].run.path}: nothing to upload")
+    elif len(outcomes) > 1:
+        kinds = Counter(outcome.kind for outcome in outcomes)
+        print(f"{len(outcomes)} runs: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+    failures = _failures(outcomes)
+    _tell(failures)
+    return int(bool(failures))
+
+
+def _failures(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each reason, with the runs that it met."""
+    reasons: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        for reason in outcome.errors:
+            reasons.setdefault(reason, []).append(outcome.run.name)
+    found = []
+    for reason, names in reasons.items():
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        found.append(f"{', '.join(names[:3])}{others}: {reason}")
+    return found
+
+
+def _tell(failures: Sequence[str]) -> None:
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
