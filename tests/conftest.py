@@ -1,5 +1,6 @@
 """Shards and settings that several tests share; made once a session, read-only."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +50,16 @@ evaluation: {{every_epochs: 1}}
 tracking: {{log_every: 1, wandb: off}}
 """)
     return path
+
+
+@pytest.fixture
+def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No key, no settings of the person at the machine, and waits that suit a test."""
+    from vitdist import mirror
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, seconds in {"START_S": 1.5, "FINISH_S": 1.0, "GRACE_S": 20.0}.items():
+        monkeypatch.setattr(mirror, name, seconds)
+    return monkeypatch

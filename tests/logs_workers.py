@@ -7,10 +7,19 @@ import time
 from pathlib import Path
 
 from vitdist import console, tracking
-from vitdist.config import Tracking
+from vitdist.config import Config
 from vitdist.rundir import RunDir
 
 ROWS = 20
+
+
+def settings(**tracking: object) -> Config:
+    """Those of a run that is tracked so."""
+    place = {
+        "data": {"train": "shards/train", "val": "shards/val"},
+        "model": {"pretrained": "google/vit-base-patch16-224"},
+    }
+    return Config.model_validate(place | {"train": {"epochs": 1, "global_batch": 8}, "tracking": tracking})
 
 
 def services() -> list[int]:
@@ -32,7 +41,7 @@ def killed_service(folder: Path) -> None:
     """W&B's service dies in the middle of a run, by kill -9."""
     run = RunDir(folder)
     with tracking.Journal(run, run.attempt(0), first=True) as journal:
-        journal.start_wandb(Tracking(wandb="offline"), {})
+        journal.start_mirrors(settings(wandb="offline"), {}, 0)
         for pid in services():
             os.kill(pid, signal.SIGKILL)
         for step in range(ROWS):
@@ -44,7 +53,7 @@ def rows_without_end(folder: Path) -> None:
     """Logs ROWS rows offline and waits to be killed."""
     run = RunDir(folder)
     journal = tracking.Journal(run, run.attempt(0), first=True)
-    journal.start_wandb(Tracking(wandb="offline"), {})
+    journal.start_mirrors(settings(wandb="offline"), {}, 0)
     for step in range(ROWS):
         journal.row(step, {"train/loss": 1.0})
     while True:

@@ -448,6 +448,11 @@ class Tracking(Section):
     """W&B user or team; default: that of the key."""
     group: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Group of the run in W&B; default: the sweep that it is a point of."""
+    artifacts: Annotated[tuple[Literal["code", "data", "model"], ...], Field(strict=False)] = ("code", "data", "model")
+    """What a finished run leaves in W&B as artifacts. Shards, and a model above 20 MB, stay where they are: W&B is told
+    their path."""
+    tensorboard: bool = False
+    """Write RUN/tensorboard too (needs the package tensorboard)."""
 
 
 class Config(Section):
@@ -922,7 +927,7 @@ def _type_in_words(annotation: Any) -> str:
     if origin is dict:
         return "{name: number, ...}"
     if origin is tuple:
-        return "[" + ", ".join(_type_in_words(a) for a in args) + "]"
+        return "[" + ", ".join("..." if a is ... else _type_in_words(a) for a in args) + "]"
     return {int: "integer", float: "number", str: "text", bool: "true|false"}.get(annotation, str(annotation))
 
 

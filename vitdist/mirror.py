@@ -3,7 +3,9 @@
 Rows are handed over; a thread of its own gives them to W&B. What W&B does not take is told once and left out.
 """
 
+import base64
 import contextlib
+import io
 import math
 import netrc
 import os
@@ -14,12 +16,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from vitdist import config, rundir
+from PIL import Image
+
+from vitdist import gallery, rundir, selection
+from vitdist.config import Config
 from vitdist.rundir import RunDir
 
 # W&B, in seconds. Its defaults: 90 for a server at the start, for ever at the end, and 15 of rows lost to a SIGKILL.
@@ -36,6 +41,21 @@ PROBE_EVERY_S = 30.0
 """How often the disk under W&B is tried: wandb-core tells nobody that it is full (0.31)."""
 TRIED = 64 * 1024
 """Bytes written for it."""
+SHOWN = 16
+"""Pictures of a kind."""
+SIDE = 256
+"""Their longest side in pixels."""
+MATRIX = 50
+"""Classes up to which W&B gets a confusion matrix; its table has the square of them as rows."""
+MOST_ROWS = 1_000
+"""Of a table; W&B shows no more than 10,000 and loads all of them."""
+CODE = {".py", ".yaml", ".yml", ".toml", ".sh", ".md", ".txt", ".diff", ".css", ".js"}
+"""Endings of the files that are code."""
+UPLOADED = 20_000_000
+"""Bytes of a model that is uploaded: within FINISH_S at 3 Mbit/s. A larger one is a reference."""
+
+Pictures = Sequence[dict[str, str]]
+"""{"label", "jpeg": base64} of each."""
 
 
 class Mirror:
@@ -47,13 +67,14 @@ class Mirror:
     def __init__(
         self,
         run: RunDir,
-        settings: config.Tracking,
+        settings: Config,
         about: dict[str, Any],
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        self._run, self._settings, self._about, self._say, self._warn = run, settings, about, say, warn
-        self._items: queue.Queue[dict[str, Any] | Literal["preempting", "end"]] = queue.Queue(WAITING)
+        self._run, self._settings, self._about, self._say, self._warn = run, settings.tracking, about, say, warn
+        self._best = settings.evaluation.best
+        self._items: queue.Queue[dict[str, Any] | Pictures | Literal["preempting", "end"]] = queue.Queue(WAITING)
         self._ready, self._given_up = threading.Event(), threading.Event()
         self._left_out = False
         self._dropped = 0
@@ -90,6 +111,12 @@ class Mirror:
                     f"W&B has not taken {WAITING} rows: further ones are left out there; {self._run.metrics.name} "
                     "has them all"
                 )
+
+    def inputs(self, pictures: Pictures) -> None:
+        """Hand over the first pictures of the run; dropped where a row would be."""
+        if not self._left_out:
+            with contextlib.suppress(queue.Full):
+                self._items.put_nowait(pictures)
 
     def preempting(self) -> None:
         """Mark the run as one that is being preempted."""
@@ -136,12 +163,16 @@ class Mirror:
             while (item := self._items.get()) != "end":
                 if item == "preempting":
                     run.mark_preempting()
-                else:
+                elif isinstance(item, dict):
                     run.log(item)
+                else:
+                    self._log_inputs(run, item)
                 self._probe()
             self._doing = "end"
             self._next_probe = 0.0
             self._probe()
+            if self._code == rundir.EXIT_DONE:
+                self._log_results(run)
             run.finish(exit_code=self._code)
         except Exception as error:  # whatever a tracker raises, training goes on: see the head of this file
             self._fail(error)
@@ -235,10 +266,74 @@ class Mirror:
         # W&B's own step is shifted when offline parts are joined; ours is the axis.
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step")
+        higher = selection.higher_is_better(self._best)
+        run.define_metric(f"val/{self._best}", step_metric="train/global_step", summary="max" if higher else "min")
         self._folder = Path(run.dir).parent
         if not self._folder.is_relative_to(self._run.wandb):  # what 0.31 does where it cannot write
             self._warn(f"W&B writes to {self._folder}, not to the run folder")
         return run
+
+    # ---- what is not rows ----------------------------------------------------------------------
+
+    def _log_inputs(self, run: Any, pictures: Pictures) -> None:
+        import wandb
+
+        images = [
+            wandb.Image(Image.open(io.BytesIO(base64.b64decode(one["jpeg"]))), caption=one["label"], file_type="jpg")
+            for one in pictures
+        ]
+        run.log({"inputs": images, "train/global_step": 0})
+
+    def _log_results(self, run: Any) -> None:
+        """What a finished run leaves; what W&B does not take of it is told, and the rest goes on."""
+        found = rundir.read_json(self._run.evaluation)
+        parts: dict[str, Callable[[], None]] = {}
+        if found:
+            parts["tables of classes"] = lambda: run.log(_tables(found))
+            parts["validation pictures"] = lambda: run.log(_pictures(self._run, found["step"]))
+        if "data" in self._settings.artifacts:
+            parts["data as artifacts"] = lambda: self._log_data(run)
+        if "model" in self._settings.artifacts and self._run.model.exists():
+            parts["model as an artifact"] = lambda: self._log_model(run)
+        if "code" in self._settings.artifacts and self._run.code.exists():
+            parts["code as an artifact"] = lambda: self._log_code(run)
+        for what, log in parts.items():
+            try:
+                log()
+            except Exception as error:  # bad files of ours, or whatever W&B raises
+                if self._given_up.is_set():
+                    raise
+                self._warn(f"W&B lacks the {what} ({_brief(error)}); the run folder has it")
+
+    def _log_data(self, run: Any) -> None:
+        """Training and validation set, by their digest: the shards stay where they are."""
+        import wandb
+
+        for kind, about in self._about.get("data", {}).items():
+            if not about.get("digest"):  # of a stream nobody knows what is in it
+                continue
+            made = wandb.Artifact(f"{kind}-{about['digest'][:12]}", "dataset", metadata=about)
+            for folder in about["folder"].split(" + "):
+                made.add_reference(_uri(folder), checksum=False)
+            # What a run reads is `used`; offline W&B knows only of what it writes.
+            (run.log_artifact if run.offline else run.use_artifact)(made)
+
+    def _log_model(self, run: Any) -> None:
+        import wandb
+
+        model = self._run.model
+        bytes_ = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+        made = wandb.Artifact(f"{self._run.name}-model", "model", metadata={"bytes": bytes_, "folder": str(model)})
+        if bytes_ <= UPLOADED:
+            made.add_dir(str(model), policy="immutable")  # else W&B copies all of it to the home folder first
+        else:
+            made.add_reference(model.as_uri(), checksum=False)
+        run.log_artifact(made)
+
+    def _log_code(self, run: Any) -> None:
+        run.log_code(str(self._run.code), include_fn=lambda path: Path(path).suffix in CODE)
+
+    # ---- the disk under it ---------------------------------------------------------------------
 
     def _probe(self) -> None:
         """Tell of a full disk under W&B, which W&B itself keeps to its debug log."""
@@ -252,6 +347,50 @@ class Mirror:
             self._warn(
                 f"W&B may lack rows: its folder cannot be written ({_brief(error)}); {self._run.metrics.name} goes on"
             )
+
+
+def _tables(found: dict[str, Any]) -> dict[str, Any]:
+    """Scores of each class and the confusion matrix, of an evaluation as evaluation.json has it."""
+    import wandb
+
+    columns = ("name", "support", "precision", "recall", "f1")
+    hardest = sorted(found["per_class"], key=lambda scores: scores["f1"])[:MOST_ROWS]
+    rows = [[scores[column] for column in columns] for scores in hardest]
+    classes = wandb.Table(columns=["class", *columns[1:]], data=rows)
+    names, confusion = found["classes"], found["confusion"]
+    pairs = [(i, j, n) for i, line in enumerate(confusion) for j, n in enumerate(line)]
+    if len(names) > MATRIX:
+        wrong = [(i, j, n) for i, j, n in pairs if i != j and n]
+        pairs = sorted(wrong, key=lambda pair: -pair[2])[:MOST_ROWS]
+    table = wandb.Table(
+        columns=["Actual", "Predicted", "nPredictions"], data=[[names[i], names[j], n] for i, j, n in pairs]
+    )
+    if len(names) <= MATRIX:
+        fields = {name: name for name in table.columns}
+        # What wandb.plot.confusion_matrix makes, of counts instead of all samples.
+        table = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, {"title": "Confusion matrix"})
+    return {"val/classes": classes, "val/confusion": table, "train/global_step": found["step"]}
+
+
+def _pictures(run: RunDir, step: int) -> dict[str, Any]:
+    """Validation pictures with their predictions: some of all, and the worst mistakes. Raises as gallery.seen does."""
+    import wandb
+
+    def table(samples: list[gallery.Seen]) -> Any:
+        rows = []
+        for one in samples:
+            picture = Image.open(io.BytesIO(one.stored)).convert("RGB")
+            picture.thumbnail((SIDE, SIDE))
+            image = wandb.Image(picture, file_type="jpg")
+            rows.append([image, one.label, one.predicted, round(one.confidence, 4), one.source])
+        return wandb.Table(columns=["picture", "class", "predicted", "confidence", "source"], data=rows)
+
+    shown = {"val/pictures": gallery.spread(run, SHOWN), "val/mistakes": gallery.mistakes(run, SHOWN)}
+    return {name: table(samples) for name, samples in shown.items() if samples} | {"train/global_step": step}
+
+
+def _uri(folder: str) -> str:
+    return folder if "://" in folder else Path(folder).absolute().as_uri()
 
 
 def _brief(error: BaseException) -> str:

@@ -15,8 +15,9 @@
       stop.json                 the user's wish that it stops   (one writer: launch/jobs.py)
       metrics.jsonl             one row every few steps, the truth that W&B mirrors
       evaluation.json predictions.npz    the newest evaluation
+      inputs.json               the first pictures as the model got them, with their labels
       bad_samples.jsonl         every broken sample that was met: step, set, shard, key, reason
-      wandb/ model/ report.html
+      wandb/ tensorboard/ model/ report.html
 
 A file that another process reads is published: written beside its place, synced, renamed.
 """
@@ -145,6 +146,14 @@ class RunDir:
     @property
     def predictions(self) -> Path:
         return self.path / "predictions.npz"
+
+    @property
+    def inputs(self) -> Path:
+        return self.path / "inputs.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def wandb(self) -> Path:

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: console, metrics.jsonl, the attempt's record, Weights & Biases.
+"""Where the figures of a run go: console, metrics.jsonl, the attempt's record, Weights & Biases, TensorBoard.
 
 Rank 0 alone writes. metrics.jsonl is the truth: one line a row, written at once. W&B mirrors it from a thread of its
 own. Nothing here ends or slows a training: what a full disk does not take is kept in memory and written, in order,
@@ -18,7 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from vitdist import config, rundir
+from vitdist import rundir
+from vitdist.board import Board
+from vitdist.config import Config
 from vitdist.console import FULL, Bar, forgiving
 from vitdist.mirror import Mirror
 from vitdist.rundir import Attempt, RunDir
@@ -57,6 +59,7 @@ class Journal:
         self._last: dict[str, float] = {}
         self._staged, self._stages = time.monotonic() - _age_s(), dict[str, float]()
         self._wandb: Mirror | None = None
+        self._board: Board | None = None
         self._exit, self._step = rundir.EXIT_DONE, 0
         self._state, self._publishing = threading.Lock(), threading.RLock()
         self._changed = False
@@ -98,6 +101,8 @@ class Journal:
             # 75 makes a run that was marked as preempting "preempted" at W&B, 0 would make it "finished".
             code = self._exit if error is None else 1
             self._wandb.finish(code)
+        if self._board:
+            self._board.close()
         for file in self._files:
             file.flush()
         self._pay()
@@ -159,10 +164,19 @@ class Journal:
         self.progress(step, "training")
         if self._wandb:
             self._wandb.log({k: v for k, v in row.items() if k not in ("attempt", "time")})
+        if self._board:
+            self._board.add(step, figures)
         if self._changed:
             self._publish_record(wait=False)
         if self._owed:
             self._pay()
+
+    def inputs(self, pictures: Sequence[dict[str, str]]) -> None:
+        """Keep the first pictures of a run as the model got them, {"label", "jpeg": base64} of each."""
+        if self._first:
+            self.publish(self._run.inputs, json.dumps(pictures, ensure_ascii=False))
+            if self._wandb:
+                self._wandb.inputs(pictures)
 
     def bad_samples(self, step: int, kind: str, samples: Sequence[NamedTuple]) -> None:
         """Note broken samples of the "train" or "val" set in the run's list of them."""
@@ -254,17 +268,19 @@ class Journal:
             )
         self._told = now
 
-    # ---- Weights & Biases ----------------------------------------------------------------------
+    # ---- W&B, TensorBoard ----------------------------------------------------------------------
 
-    def start_wandb(self, settings: config.Tracking, about: dict[str, Any]) -> None:
-        """Begin or continue the run's W&B run: its id is in the run folder, so a requeue goes on with it.
+    def start_mirrors(self, settings: Config, about: dict[str, Any], step: int) -> None:
+        """Begin or continue what else gets the rows, after `step` steps: W&B and TensorBoard, as the settings say.
 
-        Returns when W&B is ready, has failed, or after mirror.START_S + GRACE_S seconds, whichever is first.
+        The id of the run in W&B is in the run folder, so that a requeue goes on with it. Returns when W&B is ready, has
+        failed, or after mirror.START_S + GRACE_S seconds, whichever is first.
         """
-        if not self._first or settings.wandb == "off":
-            return
-        self._wandb = Mirror(self._run, settings, about, self.say, lambda text: self.warn("wandb", text))
-        self._wandb.start()
+        if self._first and settings.tracking.tensorboard:
+            self._board = Board(self._run.tensorboard, step, lambda text: self.warn("tensorboard", text))
+        if self._first and settings.tracking.wandb != "off":
+            self._wandb = Mirror(self._run, settings, about, self.say, lambda text: self.warn("wandb", text))
+            self._wandb.start()
 
 
 class _Lines:

@@ -22,7 +22,6 @@ import pytest
 
 from tests import fake_wandb, logs_workers
 from vitdist import mirror, rundir, selection, tracking
-from vitdist.config import Tracking
 from vitdist.rundir import RunDir
 from vitdist.tracking import Journal
 
@@ -89,7 +88,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         journal.say("x")
         journal.warn("slow_rank", "x")
         journal.publish(run.evaluation, "x")
-        journal.start_wandb(Tracking(), {})
+        journal.start_mirrors(logs_workers.settings(), {}, 0)
         journal.stopping()
     assert not run.path.exists()
 
@@ -304,17 +303,6 @@ def test_C3_a_log_on_a_full_disk_costs_lines_only(disk: Disk, how: str) -> None:
 
 
 @pytest.fixture
-def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No key, no settings of the person at the machine, and waits that suit a test."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name, seconds in {"START_S": 1.5, "FINISH_S": 1.0, "GRACE_S": 20.0}.items():
-        monkeypatch.setattr(mirror, name, seconds)
-    return monkeypatch
-
-
-@pytest.fixture
 def server(wandb_home: pytest.MonkeyPatch) -> Iterator[fake_wandb.Server]:
     with fake_wandb.Server() as made:
         wandb_home.setenv("WANDB_BASE_URL", made.url)
@@ -351,7 +339,7 @@ def kept(folder: Path) -> int:
 
 def train(run: RunDir, rows: int = 20, wandb: Any = "auto", attempt: int = 0) -> None:
     with Journal(run, run.attempt(attempt), first=True) as journal:
-        journal.start_wandb(Tracking(wandb=wandb), {"settings": {}})
+        journal.start_mirrors(logs_workers.settings(wandb=wandb), {"settings": {}}, 0)
         for step in range(rows):
             journal.row(step, {"train/loss": 1.0})
         journal.record(state="done")
@@ -371,7 +359,7 @@ def test_rows_arrive_and_the_run_ends(tmp_path: Path, server: fake_wandb.Server)
 def test_S1_a_stopped_run_is_preempted_at_wandb(tmp_path: Path, server: fake_wandb.Server) -> None:
     run = RunDir(tmp_path / "run")
     with Journal(run, run.attempt(0), first=True) as journal:
-        journal.start_wandb(Tracking(), {})
+        journal.start_mirrors(logs_workers.settings(), {}, 0)
         journal.row(1, {"train/loss": 1.0})
         journal.stopping()
     assert any(end["preempting"] for end in server.ends)
@@ -384,7 +372,7 @@ def test_a_failed_run_has_failed_at_wandb(tmp_path: Path, server: fake_wandb.Ser
 
     def fail() -> None:
         with Journal(run, run.attempt(0), first=True) as journal:
-            journal.start_wandb(Tracking(), {})
+            journal.start_mirrors(logs_workers.settings(), {}, 0)
             raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
@@ -450,7 +438,7 @@ def test_W2_a_start_that_never_ends_is_not_waited_for(
 def test_W3_a_server_that_goes_away_in_mid_run(tmp_path: Path, server: fake_wandb.Server, behave: Any) -> None:
     run = RunDir(tmp_path / "run")
     with Journal(run, run.attempt(0), first=True) as journal:
-        journal.start_wandb(Tracking(), {})
+        journal.start_mirrors(logs_workers.settings(), {}, 0)
         server.behave = behave
         for step in range(500):
             journal.row(step, {"train/loss": 1.0})
@@ -473,7 +461,7 @@ def test_W4_wandb_core_stopped(
     run = RunDir(tmp_path / "run")
     wide = {f"lr/{i}": 0.1 for i in range(400)}
     with Journal(run, run.attempt(0), first=True) as journal:
-        journal.start_wandb(Tracking(), {})
+        journal.start_mirrors(logs_workers.settings(), {}, 0)
         server.behave = behave
         until(logs_workers.services)
         (service,) = logs_workers.services()
@@ -553,7 +541,7 @@ def test_W8_a_folder_that_is_full_in_mid_run(tmp_path: Path, disk: Disk, wandb_h
     run.path.mkdir()
     run.wandb.symlink_to(disk.path)
     with Journal(run, run.attempt(0), first=True) as journal:
-        journal.start_wandb(Tracking(wandb="offline"), {})
+        journal.start_mirrors(logs_workers.settings(wandb="offline"), {}, 0)
         disk.fill()
         for step in range(20):
             journal.row(step, {"train/loss": 1.0})
