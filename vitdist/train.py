@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
     from vitdist.decision import Decision
     from vitdist.dist import Processes
     from vitdist.engine import Engine
+    from vitdist.inputs import Inputs
     from vitdist.ledger import Ledger
     from vitdist.loss import Loss
     from vitdist.manifest import Identity
@@ -132,6 +133,8 @@ class Session:
     identity: "Identity"
     meter: "Meter"
     machine: "Machine"
+    inputs: "Inputs | None"
+    """On rank 0 of a run that has not kept them."""
     lags: "Lags"
     spikes: "Spikes"
     ledger: "Ledger"
@@ -298,7 +301,7 @@ def _assemble(
     """Open the data, build the model and its groups, hand them to DeepSpeed; the second value describes them."""
     import torch
 
-    from vitdist import checkpoint, decision, dist, loss, metrics, model, optim, selection, spikes, system
+    from vitdist import checkpoint, decision, dist, inputs, loss, metrics, model, optim, selection, spikes, system
     from vitdist.data import augment
     from vitdist.engine import Engine  # asks at import which device `dist` chose
 
@@ -388,6 +391,9 @@ def _assemble(
         identity=identity,
         meter=meter,
         machine=system.Machine(me.device, run.path if me.first else None),
+        inputs=inputs.Inputs(pixels, training.classes, journal.inputs)
+        if me.first and not run.inputs.exists()
+        else None,
         lags=metrics.Lags(),
         spikes=spikes.Spikes(),
         ledger=ledger.Ledger(past, began, me.world, torch.get_num_threads(), gpu=me.device.type == "cuda"),
@@ -563,6 +569,8 @@ def _update(s: Session, batches: "Iterator[MicroBatch]", broken: Broken, skips: 
         plan = augment.plan(data, seed, step, slots, batch.global_batch, images.shape[-1])
         if plan:
             images, target = augment.apply(plan, images, F.one_hot(target, len(s.training.classes)).float())
+        if s.inputs:
+            s.inputs.see(images, target)
         if s.drop_paths:
             s.drop_paths.draw(seed, step, slots, batch.global_batch)
         with s.meter.computing():
@@ -943,7 +951,7 @@ def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", pas
     # What the run folder says is what runs; not before it is known that it can.
     if s.me.first and config.load(s.run.config) != s.given:
         s.journal.publish(s.run.config, config.to_yaml(s.given))
-    s.journal.start_wandb(s.settings.tracking, {"settings": config.to_plain(s.settings)} | about)
+    s.journal.start_mirrors(s.settings, {"settings": config.to_plain(s.settings)} | about, step)
 
 
 def _finish(run: RunDir, summary: dict[str, Any]) -> None:
