@@ -322,16 +322,18 @@ class Mirror:
         import wandb
 
         model = self._run.model
-        bytes_ = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
-        made = wandb.Artifact(f"{self._run.name}-model", "model", metadata={"bytes": bytes_, "folder": str(model)})
-        if bytes_ <= UPLOADED:
-            made.add_dir(str(model), policy="immutable")  # else W&B copies all of it to the home folder first
+        files = [file for file in model.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        made = wandb.Artifact(f"{self._run.name}-model", "model", metadata={"bytes": size, "folder": str(model)})
+        if size <= UPLOADED:
+            for file in files:  # mutable ones W&B would copy to the home folder first
+                made.add_file(str(file), name=str(file.relative_to(model)), policy="immutable")
         else:
             made.add_reference(model.as_uri(), checksum=False)
         run.log_artifact(made)
 
     def _log_code(self, run: Any) -> None:
-        run.log_code(str(self._run.code), include_fn=lambda path: Path(path).suffix in CODE)
+        run.log_code(str(self._run.code), name="code", include_fn=lambda path: Path(path).suffix in CODE)
 
     # ---- the disk under it ---------------------------------------------------------------------
 
