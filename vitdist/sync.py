@@ -43,7 +43,10 @@ def find(folders: Sequence[str]) -> list[RunDir]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/config.yaml"))
+    """The run folders in `folder`; those of a sweep lie in the sweep's."""
+    within = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    sweeps = sorted(path.parent for path in folder.glob("*/sweep.yaml"))
+    return within + [run for sweep in sweeps for run in _inside(sweep)]
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Outcome:
         if self.parts or self.busy:
             rows = f", {self.sent:,} rows in {self.parts} part{'s' * (self.parts != 1)}" if self.parts else ""
             found.insert(0, f"{self.kind}{rows} {self.url}".rstrip())
-        return [f"{self.run.name}: {text}" for text in found]
+        return [f"{self.run.path}: {text}" for text in found]
 
 
 class Sync:
@@ -253,11 +256,11 @@ def _failures(outcomes: Sequence[Outcome]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for outcome in outcomes:
         for reason in outcome.errors:
-            reasons.setdefault(reason, []).append(outcome.run.name)
+            reasons.setdefault(reason, []).append(str(outcome.run.path))
     found = []
-    for reason, names in reasons.items():
-        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        found.append(f"{', '.join(names[:3])}{others}: {reason}")
+    for reason, runs in reasons.items():
+        others = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+        found.append(f"{', '.join(runs[:3])}{others}: {reason}")
     return found
 
 

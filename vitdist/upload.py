@@ -253,8 +253,9 @@ def _there(part: Part, parts: list[Part]) -> int:
     begin = part.begin
     if begin is None:
         return 0
-    # A part that began to be sent later begins where the server's rows of this one ended.
-    later = [other.begin for other in parts if other.begin is not None and other.begin > begin]
+    # Where the next part begins at the server, its rows of this one end; of two at one place the first has none there.
+    me = (begin, part.started)
+    later = [other.begin for other in parts if other.begin is not None and (other.begin, other.started) > me]
     return min(max(min([_end(part), *later]) - begin, 0), part.rows)
 
 
@@ -284,10 +285,10 @@ def _send(desk: Path, part: Part, got: int, unfinished: bool, last: bool) -> str
     copy(part, rest, got, unfinished)
     (place / "files").symlink_to(part.folder / "files")
     state = place / part.state.name
-    if got:
-        state.write_text(json.dumps(_resumed(part, got)))
+    if part.begin is None:
+        state.symlink_to(part.state)  # wandb writes it before the first row leaves
     else:
-        state.symlink_to(part.state)
+        state.write_text(json.dumps(_resumed(part, got)))
     # Only the last part says how the run ended, and only once it did.
     wandb.setup(wandb.Settings(x_update_finish_state=last and not unfinished, **BOUNDS))
     said = io.StringIO()
