@@ -25,6 +25,7 @@ from PIL import Image
 
 from vitdist import gallery, rundir, selection
 from vitdist.config import Config
+from vitdist.data import storage
 from vitdist.rundir import RunDir
 
 # W&B, in seconds. Its defaults: 90 for a server at the start, for ever at the end, and 15 of rows lost to a SIGKILL.
@@ -249,7 +250,7 @@ class Mirror:
             dir=self._run.path,
             mode=mode,
             resume="allow",
-            config=self._about,
+            config=_public(self._about),
             # Remotes of git and captured output may hold secrets.
             settings=wandb.Settings(
                 init_timeout=START_S,
@@ -389,6 +390,15 @@ def _pictures(run: RunDir, step: int) -> dict[str, Any]:
 
     shown = {"val/pictures": gallery.spread(run, SHOWN), "val/mistakes": gallery.mistakes(run, SHOWN)}
     return {name: table(samples) for name, samples in shown.items() if samples} | {"train/global_step": step}
+
+
+def _public(value: Any) -> Any:
+    """`value` with the passwords and signatures of URLs taken out, in keys too."""
+    if isinstance(value, dict):
+        return {_public(key): _public(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(inner) for inner in value]
+    return storage.shown(value) if isinstance(value, str) else value
 
 
 def _uri(folder: str) -> str:

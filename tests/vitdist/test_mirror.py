@@ -185,6 +185,31 @@ def test_shards_that_are_gone_cost_the_pictures_alone(tmp_path: Path, wandb_home
     assert str(tmp_path / "val") in event["text"]
 
 
+def test_W6_two_starts_are_one_run_with_one_axis(tmp_path: Path, store: Store) -> None:
+    run = RunDir(tmp_path / "run")
+    for attempt, steps in enumerate([range(1, 8), range(5, 10)]):
+        with Journal(run, run.attempt(attempt), first=True) as journal:
+            journal.start_mirrors(logs_workers.settings(), {}, steps[0] - 1)
+            for step in steps:
+                journal.row(step, {"train/loss": float(attempt)})
+            if attempt == 0:
+                journal.stopping()
+    ((name, rows),) = store.rows.items()
+    assert name == (run.wandb / "run-id").read_text()
+    assert [row["train/global_step"] for row in rows] == [*range(1, 8), *range(5, 10)]
+    assert [end["exitcode"] for end in store.ends if end["complete"]] == [rundir.EXIT_STOPPED, 0]
+
+
+def test_X1_secrets_in_urls_stay_here(tmp_path: Path, store: Store) -> None:
+    run, url = RunDir(tmp_path / "run"), "https://me:canary@example.com/shards?sig=canary"
+    with Journal(run, run.attempt(0), first=True) as journal:
+        journal.start_mirrors(logs_workers.settings(), {"settings": {"data": {"train": {url: 1.0}, "val": url}}}, 0)
+    assert store.runs
+    assert "canary" not in json.dumps(store.runs)
+    assert "example.com" in json.dumps(store.runs)
+    assert not [file for file in run.path.rglob("*") if file.is_file() and b"canary" in file.read_bytes()]
+
+
 # ---- pictures ----------------------------------------------------------------------------------
 
 
