@@ -180,7 +180,8 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         },
         "vitdist.report.words": {"vitdist.data", "vitdist.data.storage"},  # hides the secrets of URLs
         "vitdist.report.markdown": {"vitdist.results"},
-        "vitdist.report.compare": {"vitdist.results", "vitdist.selection"},
+        "vitdist.report.compare": {"vitdist.results", "vitdist.scores", "vitdist.selection"},
+        "vitdist.report.compare_page": {"vitdist.results"},
         "vitdist.sync": {"vitdist.upload"},
         "vitdist.cli": {
             *(f"vitdist.{room}" for room in ("cost", "inference", "manifest", "plan", "results", "selection", "sync")),

@@ -291,20 +291,24 @@ def _follow_a_run(commands: Commands) -> None:
     )
     checkpoints.set_defaults(run=_checkpoints)
 
-    report = commands.add_parser("report", help="a run as a page, as Markdown or as figures, from its folder alone")
-    report.add_argument("folder", nargs="*", metavar="RUN", help="run folder, at any moment of the run")
-    report.add_argument("--out", metavar="FILE", help="where to write the page or the Markdown (default: in the run)")
-    report.add_argument("--markdown", action="store_true", help="RUN/report.md, for a pull request or a paper")
+    report = commands.add_parser(
+        "report",
+        help="a run as a page, as Markdown or as figures, from its folder alone; of several their comparison",
+        description="Without an option, the page. Of several runs, of a sweep or of a folder of runs, one comparison, "
+        "in the folder that they share.",
+    )
+    report.add_argument(
+        "folder", nargs="*", metavar="RUN", help="run folder, at any moment of the run; a sweep's; a folder of runs"
+    )
+    report.add_argument("--out", metavar="FILE", help="where to write the page or the Markdown")
+    report.add_argument("--markdown", action="store_true", help="report.md, for a pull request or a paper")
     report.add_argument(
         "--figures", nargs="?", const="", metavar="FOLDER", help="each figure as SVG and PNG (default: RUN/figures)"
     )
     report.add_argument(
-        "--watch",
-        nargs="?",
-        const="30",
-        metavar="SECONDS",
-        help="the page every 30 seconds while the run goes on",
+        "--watch", nargs="?", const="30", metavar="SECONDS", help="the page every 30 seconds while a run goes on"
     )
+    report.add_argument("--each", action="store_true", help="of several runs, each one's own instead of a comparison")
     report.set_defaults(run=_report, interrupted="; the page stays as it is")
 
     sync = commands.add_parser(
@@ -614,30 +618,31 @@ def _prune(run: RunDir, steps: list[int]) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from vitdist.report import forms
+    from vitdist.report import folders, forms
 
-    every, place, folders = args.watch, args.figures, args.folder
+    every, place, named = args.watch, args.figures, args.folder
     if every and not _NUMBER.fullmatch(every):  # `--watch runs/NAME`, which argparse takes for the seconds
-        every, folders = "30", [every, *folders]
-    if place and (not folders or RunDir(Path(place)).config.exists()):
-        place, folders = "", [place, *folders]
-    if not folders:
+        every, named = "30", [every, *named]
+    if place and (not named or RunDir(Path(place)).config.exists()):
+        place, named = "", [place, *named]
+    if not named:
         raise ValueError("which run? vitdist report runs/NAME")
-    if every and (args.markdown or place is not None):
-        raise ValueError("--watch: only the page is made again and again; leave --markdown and --figures away")
+    if every and (args.markdown or place is not None or args.each):
+        raise ValueError("--watch: one page is made again and again; leave --markdown, --figures and --each away")
     if args.out and place is not None and not args.markdown:
         raise ValueError("--out: names the page or the Markdown; --figures=FOLDER says where figures go")
-    if args.out and len(folders) > 1:
-        raise ValueError("--out: of several runs, each would be written over the one before")
+    if args.each and (args.out or place):
+        raise ValueError("--each: each run's report lies in its folder; leave --out and the folder of --figures away")
+    runs, home = folders.find([Path(folder) for folder in named])
     out = Path(args.out) if args.out else None
-    for run in _runs(folders):
+    for group in [[run] for run in runs] if args.each else [runs]:
         if every:
-            forms.follow(functools.partial(forms.page, run, out), max(1, int(every)))
+            forms.follow(functools.partial(forms.page, group, home, out), max(1, int(every)))
             continue
-        made = [] if place is None else forms.drawings(run, Path(place) if place else None)
+        made = [] if place is None else forms.drawings(group, home, Path(place) if place else None)
         if args.markdown:
-            made.append(forms.text(run, out, made))
-        print(*(made or [forms.page(run, out).path]), sep="\n")
+            made.append(forms.text(group, home, out, made))
+        print(*(made or [forms.page(group, home, out).path]), sep="\n")
 
 
 def _sync(args: argparse.Namespace) -> int:

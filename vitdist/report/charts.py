@@ -57,6 +57,8 @@ class Chart:
     """What curves go over."""
     context: int = 0
     """So many curves, the first ones, are grey and under the others: only there to be seen beside them."""
+    numbers: dict[str, int] = field(default_factory=dict)
+    """Which colour and dashes a curve has; of one that is not in it, those of its place."""
     legend: bool = True
     """Whether the page needs one."""
 
@@ -223,10 +225,14 @@ def strokes(chart: Chart, colour: Callable[[str], str] = themed) -> list[tuple[s
     if chart.fan:
         last = max(1, len(chart.curves) - 1)
         return [(_between(i / last, colour), [1, 0]) for i in range(len(chart.curves))]
-    apart = len(chart.curves) - chart.context
+    bright = [chart.numbers.get(name, i) for i, name in enumerate(list(chart.curves)[chart.context :])]
+    return [(colour("line"), [1, 0])] * chart.context + [stroke(number, colour) for number in bright]
+
+
+def stroke(number: int, colour: Callable[[str], str] = themed) -> tuple[str, list[int]]:
+    """Colour and dashes of the curve of that number."""
     dashes = ([1, 0], [6, 3], [2, 2])
-    bright = [(colour(f"c{i % COLOURS + 1}"), dashes[i // COLOURS % len(dashes)]) for i in range(apart)]
-    return [(colour("line"), [1, 0])] * chart.context + bright
+    return colour(f"c{number % COLOURS + 1}"), dashes[number // COLOURS % len(dashes)]
 
 
 def specification(chart: Chart, colour: Callable[[str], str] = themed, still: bool = False) -> Specification:
@@ -331,8 +337,8 @@ def _legend(chart: Chart, still: bool) -> Specification | None:
     legend: Specification = {"title": None, "orient": "top", "symbolType": "stroke"}
     if chart.fan and len(names) > NAMED:
         legend["values"] = [names[i * (len(names) - 1) // (NAMED - 1)] for i in range(NAMED)]
-    elif chart.context:
-        legend["values"] = names[chart.context :]
+    elif chart.numbers:
+        legend["values"] = sorted(names[chart.context :], key=chart.numbers.__getitem__)
     return legend | {"columns": 4, "labelLimit": 110} if still else legend
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from vitdist import rundir
-from vitdist.report import charts
+from vitdist.report import charts, compare, sweep
 from vitdist.report.charts import Chart, Specification
+from vitdist.report.compare import Comparison
 from vitdist.report.facts import Facts
 
 WIDTH, HEIGHT = 420, 260
@@ -42,6 +43,15 @@ def of_run(facts: Facts) -> dict[str, Specification]:
         drawings |= {"confusion": confusion(facts.evaluation), "classes": classes(facts.evaluation)}
     if facts.evaluation.get("calibration"):
         drawings["calibration"] = calibration(facts.evaluation)
+    return drawings
+
+
+def of_runs(found: Comparison) -> dict[str, Specification]:
+    """Every figure of a comparison."""
+    drawings = {chart.name: still(chart) for chart in compare.together(found)}
+    if swept := compare.swept(found):
+        lines = sweep.parallel(swept.names, swept.axes, swept.told, light, still=True)
+        drawings["sweep"] = framed(lines, max(WIDTH, 120 * len(swept.axes)))
     return drawings
 
 

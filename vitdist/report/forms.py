@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdist import rundir
-from vitdist.report import figures, markdown
+from vitdist.report import compare, compare_page, figures, markdown
 from vitdist.report import page as pages
-from vitdist.report.facts import Facts, read
-from vitdist.report.words import verdict
+from vitdist.report.facts import read
+from vitdist.report.words import going, verdict
 from vitdist.rundir import RunDir
 
 
@@ -23,34 +23,46 @@ class Made(NamedTuple):
     """How things stand."""
 
 
-def going(facts: Facts) -> bool:
-    """Whether the run has not come to its end, or will be started once more."""
-    if facts.record["state"] in ("submitted", "running", "requeued"):
-        return True
-    job = rundir.read_json(facts.run.attempts()[-1].job) or {}
-    return job.get("state") == "requeued"
+def page(runs: Sequence[RunDir], home: Path, out: Path | None, every_s: int = 0) -> Made:
+    """The page of a run, or the comparison of several in their folder `home`.
+
+    While one goes on, the browser reads it again every so many seconds; 0: never.
+    """
+    if len(runs) > 1:
+        place, found = out or home / "comparison.html", compare.read_all(runs)
+        live = any(entry.going for entry in found.entries)
+        content, line = compare_page.page(found, place.parent, every_s if live else 0), " ".join(compare.head(found))
+    else:
+        place, facts = out or runs[0].report, read(runs[0])
+        live = going(facts)
+        content, line = pages.page(facts, every_s if live else 0), verdict(facts)[1]
+    rundir.publish(place, content)
+    return Made(place, live, line)
 
 
-def page(run: RunDir, out: Path | None, every_s: int = 0) -> Made:
-    """The page; while the run goes on, the browser reads it again every so many seconds, 0: never."""
-    facts, place = read(run), out or run.report
-    live = going(facts)
-    rundir.publish(place, pages.page(facts, every_s if live else 0))
-    return Made(place, live, verdict(facts)[1])
-
-
-def text(run: RunDir, out: Path | None, drawn: Sequence[Path] = ()) -> Path:
-    """The report in Markdown, with figures that were `drawn`, now or earlier."""
-    place = out or run.path / "report.md"
-    pictures = [path for path in drawn or (run.path / "figures").glob("*.png") if path.suffix == ".png"]
-    from_here = [Path(os.path.relpath(path, place.parent)) for path in pictures]
-    rundir.publish(place, markdown.of_run(read(run), time.time(), from_here))
+def text(runs: Sequence[RunDir], home: Path, out: Path | None, drawn: Sequence[Path] = ()) -> Path:
+    """The same in Markdown, with figures that were `drawn`, now or earlier."""
+    several = len(runs) > 1
+    place = out or (home / "comparison.md" if several else runs[0].path / "report.md")
+    pictures = drawn or _figures(runs, home).glob("*.png")
+    from_here = [Path(os.path.relpath(path, place.parent)) for path in pictures if path.suffix == ".png"]
+    now = time.time()
+    if several:
+        rundir.publish(place, markdown.of_runs(compare.read_all(runs), now, from_here))
+    else:
+        rundir.publish(place, markdown.of_run(read(runs[0]), now, from_here))
     return place
 
 
-def drawings(run: RunDir, folder: Path | None) -> list[Path]:
+def drawings(runs: Sequence[RunDir], home: Path, folder: Path | None) -> list[Path]:
     """Every figure as files."""
-    return figures.write(figures.of_run(read(run)), folder or run.path / "figures")
+    several = len(runs) > 1
+    made = figures.of_runs(compare.read_all(runs)) if several else figures.of_run(read(runs[0]))
+    return figures.write(made, folder or _figures(runs, home))
+
+
+def _figures(runs: Sequence[RunDir], home: Path) -> Path:
+    return home / "comparison-figures" if len(runs) > 1 else runs[0].path / "figures"
 
 
 def follow(make: Callable[[int], Made], every_s: int, sleep: Callable[[float], None] = time.sleep) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vitdist import results
+from vitdist.report import compare
+from vitdist.report.compare import Comparison
 from vitdist.report.facts import Facts, differing
-from vitdist.report.words import cost, duration, figure, goodput, moment, reproduction, verdict
+from vitdist.report.words import DONE, cost, duration, figure, goodput, moment, percent, reproduction, verdict
 
 HARDEST = 20  # classes in the table
 FIRST = ("loss", "quality", "classes", "confusion", "calibration")
@@ -21,7 +23,6 @@ def of_run(facts: Facts, made: float, pictures: Iterable[Path]) -> str:
     settings = [
         (f"`{name}`", text(figure(value)), text(figure(usual))) for name, value, usual in differing(facts.settings)
     ]
-    ordered = sorted(pictures, key=lambda p: (FIRST.index(p.stem) if p.stem in FIRST else len(FIRST), p.stem))
     return document(
         f"# {text(facts.run.name)}: {word}",
         text(sentence),
@@ -30,8 +31,33 @@ def of_run(facts: Facts, made: float, pictures: Iterable[Path]) -> str:
         text(goodput(facts.starts)),
         titled("Settings that are not the default", table(("setting", "value", "default"), settings)),
         _classes(facts),
-        titled("Figures", "\n".join(f"![{p.stem.replace('-', ' ')}](<{p.as_posix()}>)" for p in ordered)),
+        titled("Figures", shown(pictures)),
         titled("Reproduce", block(reproduction(facts))),
+        f"vitdist report, {moment(made)}",
+    )
+
+
+def of_runs(found: Comparison, made: float, pictures: Iterable[Path]) -> str:
+    """The comparison of several runs."""
+    columns, rows = compare.table(found)
+    many = [] if len(found.varied) <= compare.BESIDE else found.varied
+    differ = [(f"`{name}`", *(text(figure(entry.settings.get(name))) for entry in found.entries)) for name in many]
+    swept = compare.swept(found)
+    effects = [
+        (f"`{effect.name}`", percent(effect.share), f"{effect.chance:.2g}")
+        for effect in (swept.effects if swept else ())
+    ]
+    return document(
+        f"# {len(found.entries)} runs",
+        text(" ".join(compare.head(found))),
+        "\n".join(f"- {text(warning)}" for warning in found.warnings),
+        table(list(map(text, columns)), [list(map(text, row)) for row in rows]),
+        titled("Settings that differ", table(("setting", *(text(entry.name) for entry in found.entries)), differ)),
+        titled("What mattered", table(("setting", "share of the variance", "p"), effects)),
+        titled("Figures", shown(pictures)),
+        titled(
+            "Not finished", "\n".join(f"- {text(e.name)}: {text(e.sentence)}" for e in found.entries if e.word != DONE)
+        ),
         f"vitdist report, {moment(made)}",
     )
 
@@ -103,6 +129,11 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;"}
 def text(plain: str) -> str:
     """`plain` as it stands, also in a cell: no markup, no HTML, and nobody is mentioned."""
     return _SPECIAL.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), " ".join(plain.split()))
+
+
+def shown(pictures: Iterable[Path]) -> str:
+    ordered = sorted(pictures, key=lambda p: (FIRST.index(p.stem) if p.stem in FIRST else len(FIRST), p.stem))
+    return "\n".join(f"![{p.stem.replace('-', ' ')}](<{p.as_posix()}>)" for p in ordered)
 
 
 def block(lines: Iterable[str]) -> str:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from vitdist import rundir
 from vitdist.data import storage
 from vitdist.report import folders
 from vitdist.report.facts import Facts, Record, Start, undone, waits
+
+DONE = "finished"
 
 
 def duration(seconds: float) -> str:
@@ -49,7 +52,7 @@ def verdict(facts: Facts) -> tuple[str, str]:
         case "done":
             took = f" in {duration(facts.seconds)}" if facts.seconds else ""
             starts = f" and {len(facts.starts)} starts" if len(facts.starts) > 1 else ""
-            return "finished", f"Trained to the end, {step:,} steps{took}{starts}{good and ': '}{good}."
+            return DONE, f"Trained to the end, {step:,} steps{took}{starts}{good and ': '}{good}."
         case "failed" | "refused":
             cause, noted = facts.starts[-1].why or "No cause is recorded", facts.starts[-1].remedy
             rank = f" on rank {error['rank']}" if error.get("rank") is not None and not noted else ""
@@ -63,6 +66,14 @@ def verdict(facts: Facts) -> tuple[str, str]:
         case _:
             return "submitted", "Nothing has been trained yet."
     return word, text + (f" At the newest evaluation {good}." if good else "")
+
+
+def going(facts: Facts) -> bool:
+    """Whether the run has not come to its end, or will be started once more."""
+    if facts.record["state"] in ("submitted", "running", "requeued"):
+        return True
+    job = rundir.read_json(facts.run.attempts()[-1].job) or {}
+    return job.get("state") == "requeued"
 
 
 def cost(facts: Facts) -> tuple[str, str]:
