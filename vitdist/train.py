@@ -614,8 +614,6 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
     finite = mine.isfinite()  # a step whose loss was not was skipped, and is told by itself
     sums, numbers = s.me.sum(torch.stack([mine.where(finite, 0.0), finite.double()]))
     loss = float(sums.sum() / numbers.sum())  # NaN where none was
-    for text in s.spikes.see(step - len(losses), (sums / numbers).tolist()):
-        s.journal.warn("loss_spike", text)
     _note_broken(s, broken)
     told = s.me.gather((s.meter.own(), s.machine.now()))
     owns = [own for own, _ in told]
@@ -641,6 +639,8 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
             **s.ledger.row(step, s.meter.busy_s),
         },
     )
+    for text in s.spikes.see(step - len(losses), (sums / numbers).tolist()):
+        s.journal.warn("loss_spike", text)
     # Counted are samples, not meetings: one that every epoch meets again is one.
     max_bad = s.settings.data.max_bad
     budget = max(1, math.floor(max_bad * s.training.samples)) if max_bad else 0
