@@ -371,10 +371,118 @@ def test_shards_that_went_away_take_only_the_pictures(tmp_path: Path) -> None:
 
 def test_mistakes_are_shown_enlarged_without_blur(tmp_path: Path) -> None:
     page = made(make_run(tmp_path))
-    (source,) = [a["src"] or "" for tag, a in page.tags if tag == "img"]
+    (source,) = [a["src"] or "" for tag, a in page.tags if (a.get("alt") or "").startswith("Validation sample 0: ")]
     picture = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
     assert picture.size == (96, 96)
     assert picture.getcolors() == [(96 * 96, (200, 30, 30))]
+
+
+def test_training_pictures_of_each_class_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shown = [a["alt"] for tag, a in made(run).tags if (a.get("alt") or "").startswith("Training sample of ")]
+    assert shown == [f"Training sample of {name}" for name in NAMES for _ in range(4)]
+    (tmp_path / "train" / "000.tar").unlink()
+    assert "Training pictures cannot be read here: " in made(run).seen()
+
+
+@pytest.mark.parametrize(
+    ("labels", "most", "chosen"),
+    [
+        ([0, 0, 0, 1, 1, 2], 6, [0, 2, 3, 4, 5]),
+        ([0, 2, 2, 2], 2, [0, 1]),
+        ([3, 1, 2, 0], 2, [3, 0]),
+        ([5], 12, [0]),
+    ],
+)
+def test_samples_to_show_are_spread_over_classes(labels: list[int], most: int, chosen: list[int]) -> None:
+    assert facts.spread(np.array(labels), max(labels) + 2, most) == chosen
+
+
+# ---- what was expected, what was found ---------------------------------------------------------
+
+
+def give_recipe(run: RunDir, head: str, settings: dict[str, Any] | None = None) -> None:
+    """The settings of the run, or other ones, as a recipe in its snapshot."""
+    (run.code / "configs").mkdir(parents=True)
+    text = config.to_yaml(config.parse(config.Config, settings or config.read_yaml(run.config), "test"))
+    (run.code / "configs" / "mine.yaml").write_text(f"# Mine.\n#\n{head}\n\n{text}")
+    rundir.publish_json(run.env, {"argv": ["launch/submit.py", "--config", "/elsewhere/mine.yaml"]})
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (
+            "# Expected: about 85.1 to 85.6 % top-1.\n# Source: no.",
+            "about 85.1 to 85.6 % top-1. This run reached that.",
+        ),
+        ("# Expected: at least\n# 95 %, of 2.", "at least 95 %, of 2. This run is 3.3 points below that."),
+        ("# Expected: not measured. More.", "not measured."),
+        ("# Cost: a lot.", ""),
+    ],
+)
+def test_what_the_recipe_expects_is_told_beside_what_was_reached(tmp_path: Path, head: str, said: str) -> None:
+    run = make_run(tmp_path)
+    give_recipe(run, head)
+    seen = made(run).seen()
+    assert (f"Expected by configs/mine.yaml: {said}Always naming" in seen) == bool(said)
+    assert "All settings are those of configs/mine.yaml." in seen
+
+
+def test_settings_that_the_recipe_does_not_have_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    settings = config.read_yaml(run.config)
+    settings["data"]["train"], settings["optim"]["lr"] = "train", 0.25
+    give_recipe(run, "# Expected: 1 %.", settings)
+    page = made(run)
+    # A place given from where one is, is the same place.
+    assert "Settings that differ from configs/mine.yamlsetting value recipeoptim.lr0.001 0.25" in page.seen()
+    assert "This run reached that. Settings changed: 1." in page.seen()
+
+
+def test_settings_of_another_version_are_compared_with_the_defaults(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    give_recipe(run, "# Expected: 1 %.")
+    with open(run.code / "configs" / "mine.yaml", "a") as file:
+        file.write("unheard: 1\n")
+    assert "Settings that are not the default" in made(run).seen()
+
+
+def test_how_sure_is_beside_how_right(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert "Calibration" not in made(run).seen()
+    bins = [
+        {"from": 0.4, "to": 7 / 15, "count": 3, "confidence": 0.45, "accuracy": 1 / 3},
+        {"from": 14 / 15, "to": 1.0, "count": 9, "confidence": 0.95, "accuracy": 1.0},
+    ]
+    found = rundir.read_json(run.evaluation)
+    assert found is not None
+    rundir.publish_json(run.evaluation, found | {"calibration": bins})
+    page = made(run)
+    assert "Expected calibration error 6.7%" in page.seen()
+    assert "On average the model is 82.5% sure and 83.3% right." in page.seen()
+    assert "40 to 47%3 45.0% 33.3%" in page.seen()
+    assert bins in [chart["specification"].get("data", {}).get("values") for chart in page.charts]
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "done"])
+def test_a_run_that_has_not_finished_tells_its_last_figures(tmp_path: Path, state: str) -> None:
+    seen = made(make_run(tmp_path, state=state, ended=None)).seen()
+    last = "Last figures, at step 200, 15 Jan 2027, 08:03 UTC"
+    assert (last in seen) == (state != "done")
+    assert (f"{last}, 0 s before this page was made: training loss 0.005" in seen) == (state == "running")
+    assert ("validation loss 1, gradient norm 1, images/s 100." in seen) == (state != "done")
+
+
+@pytest.mark.parametrize(("curves", "folded"), [(10, False), (11, True)])
+def test_every_curve_has_a_button(curves: int, folded: bool) -> None:
+    names = [f"<{i}>" for i in range(curves)]
+    text = page.drawn(charts.Chart("x", "Title", "", {name: [(1, 1.0), (2, 2.0)] for name in names}))
+    found = Page(str(text))
+    assert [tag for tag, a in found.tags].count("button") == curves
+    assert all(name in found.text for name in names)
+    assert ("Hide some of 11 curves" in found.seen()) == folded
+    assert not any(chart["specification"]["layer"][0]["encoding"]["color"]["legend"] for chart in found.charts)
 
 
 def test_restarts_are_told_and_marked(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -326,6 +326,47 @@ def specification(chart: Chart, colour: Callable[[str], str] = themed, still: bo
         "data": {"name": "points"},
         "config": config(colour),
         "description": f"{chart.title}. {chart.about}",
+        "layer": layer,
+    }
+
+
+def calibration(bins: Sequence[dict[str, float]], colour: Callable[[str], str] = themed) -> Specification:
+    """The reliability diagram of an evaluation's bins: accuracy by confidence, and where both would be the same."""
+    unit = {"type": "quantitative", "scale": {"domain": [0, 1]}, "axis": {"format": "~%", "tickCount": 5}}
+    x, y = {**unit, "title": "confidence"}, {**unit, "title": "accuracy"}
+    hint = [
+        {"field": "count", "type": "quantitative", "title": "samples", "format": ",d"},
+        {"field": "confidence", "type": "quantitative", "format": ".1%"},
+        {"field": "accuracy", "type": "quantitative", "format": ".1%"},
+    ]
+    size = {"field": "count", "type": "quantitative", "scale": {"range": [12, 400]}, "legend": None}
+    place = {"x": x | {"field": "confidence"}, "y": y | {"field": "accuracy"}}
+    layer = [
+        {
+            "mark": {"type": "bar", "color": colour("c1"), "opacity": 0.3, "binSpacing": 1},
+            "encoding": {
+                "x": x | {"field": "from", "bin": "binned"},
+                "x2": {"field": "to"},
+                "y": y | {"field": "accuracy"},
+                "tooltip": hint,
+            },
+        },
+        {
+            "data": {"values": [{"confidence": 0, "accuracy": 0}, {"confidence": 1, "accuracy": 1}]},
+            "mark": {"type": "line", "strokeDash": [3, 4], "color": colour("muted"), "strokeWidth": 1.6},
+            "encoding": place,
+        },
+        {
+            "mark": {"type": "point", "filled": True, "color": colour("c1"), "opacity": 0.9},
+            "encoding": {**place, "size": size, "tooltip": hint},
+        },
+    ]
+    return {
+        "width": "container",
+        "height": 280,
+        "data": {"values": list(bins)},
+        "config": config(colour),
+        "description": "Accuracy by confidence, and the line on which both are the same. The table has the numbers.",
         "layer": layer,
     }
 

@@ -4,9 +4,11 @@ It is read without torch, at any moment of a run; what is missing is left empty.
 """
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,17 +162,26 @@ def waits(starts: Sequence[Start]) -> list[float | None]:
     return found
 
 
-def differing(settings: Record) -> list[tuple[str, Any, Any]]:
-    """(dotted name, value, default) of settings that are not the default; "required" where there is none."""
+def differing(settings: Record, base: Record | None = None) -> list[tuple[str, Any, Any]]:
+    """(dotted name, value, usual value) of settings that are not those of `base`, or not the defaults.
+
+    A usual value of "required" stands where there is no default.
+    """
     rows = []
     for name, _, default, _ in config.flat(Config):
-        value: Any = settings
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        usual = "required" if default is ... else config.to_plain(default)
-        if value is not None and value != usual:
+        value, usual = _part(settings, name), _part(base, name)
+        if base is None:
+            usual = "required" if default is ... else config.to_plain(default)
+        if value != usual and not (value is None and base is None):
             rows.append((name, value, usual))
     return rows
+
+
+def _part(settings: Any, name: str) -> Any:
+    """The setting of this dotted name; None where there is none."""
+    for part in name.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
 
 
 def confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
@@ -182,12 +193,70 @@ def confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
     return [(i, j, int(off[i, j]), float(off[i, j] / confusion[i].sum())) for i, j in pairs if off[i, j]]
 
 
+def shards(facts: Facts, kind: str) -> Index:
+    """The "train" or "val" set; several as one. Raises OSError, ValueError and KeyError where it is out of reach."""
+    given = facts.settings["data"][kind]
+    return index.join([Index.open(folder) for folder in ([given] if isinstance(given, str) else given)])
+
+
 def class_counts(facts: Facts, kind: str) -> dict[str, int]:
     """Class -> samples of "train" or "val" as indexed, or {} where the shards are out of reach."""
     try:
-        given = facts.settings["data"][kind]
-        shards = index.join([Index.open(folder) for folder in ([given] if isinstance(given, str) else given)])
+        found = shards(facts, kind)
     except (OSError, ValueError, KeyError):
         scores = facts.evaluation.get("per_class", ()) if kind == "val" else ()
         return {c["name"]: c["support"] for c in scores}
-    return dict(zip(shards.classes, shards.counts, strict=True))
+    return dict(zip(found.classes, found.counts, strict=True))
+
+
+def spread(labels: np.ndarray, classes: int, most: int) -> list[int]:
+    """At most `most` samples to show, class after class: as many of each, evenly out of it; of many classes some."""
+    present = np.flatnonzero(np.bincount(labels, minlength=classes))
+    shown = present[np.linspace(0, len(present) - 1, min(len(present), most)).astype(int)]
+    found: list[int] = []
+    for c in shown:
+        own = np.flatnonzero(labels == c)
+        found += own[np.linspace(0, len(own) - 1, min(len(own), most // len(shown))).astype(int)].tolist()
+    return found
+
+
+# ---- the recipe ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The file of settings that a run was submitted with, as its snapshot of the code keeps it."""
+
+    name: str
+    expected: str
+    """What its head says that it brings; empty where it says nothing."""
+    changed: list[tuple[str, Any, Any]]
+    """(dotted name, value of the run, value of the recipe) of settings that differ."""
+
+    @property
+    def lowest(self) -> float | None:
+        """The lowest percentage that is expected."""
+        found = re.search(r"([\d.]+)(?: to [\d.]+)? %", self.expected)
+        return float(found[1]) if found else None
+
+
+def recipe(facts: Facts) -> Recipe | None:
+    """None of a run that was not submitted with one, or whose snapshot does not have it."""
+    argv = [str(part) for part in facts.env.get("argv") or ()]
+    given = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
+    file = facts.run.code / "configs" / Path(given).name
+    if not given or not file.is_file():
+        return None
+    try:
+        base = config.to_plain(config.load(file))
+    except config.SettingsError:
+        return None  # of another version
+    head = " ".join(line.lstrip("# ") for line in file.read_text(encoding="utf-8").split("\n\ndata:")[0].splitlines())
+    said = re.search(r"Expected: (.+?\.)(?: [A-Z]|$)", head)
+    changed = [
+        (name, value, usual)
+        for name, value, usual in differing(facts.settings, base)
+        # A place may be given from where one is; it is kept from the root.
+        if not (isinstance(usual, str) and isinstance(value, str) and value.endswith(f"/{usual}"))
+    ]
+    return Recipe(f"configs/{file.name}", said[1] if said else "", changed)

@@ -6,6 +6,7 @@ page.css and page.js are put into it, the pictures and the scripts of the charts
 """
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -22,10 +23,21 @@ from markupsafe import Markup
 from PIL import Image
 
 from vitdist import rundir
-from vitdist.data.index import Index
 from vitdist.report import charts
 from vitdist.report.charts import Chart
-from vitdist.report.facts import Facts, Start, class_counts, confused, differing, read, undone, waits
+from vitdist.report.facts import (
+    Facts,
+    Start,
+    class_counts,
+    confused,
+    differing,
+    read,
+    recipe,
+    shards,
+    spread,
+    undone,
+    waits,
+)
 from vitdist.report.markup import bar, command, data_uri, folded, html, join, listing, note, pair, section, table, wrap
 from vitdist.report.words import cost, duration, figure, goodput, moment, percent, submission, verdict
 from vitdist.rundir import RunDir
@@ -34,6 +46,11 @@ MATRIX = 20  # classes up to which a confusion matrix is a table that can be rea
 LISTED = 16  # classes or pictures shown before the rest is folded away
 SQUARES = 200  # on a side of the picture of more: smaller ones cannot be seen
 THUMB = 96
+SAMPLES = 12
+NOTHING = Markup()
+MOST_BUTTONS = 10  # curves with a button each that is always seen
+UNREADABLE = (OSError, ValueError, KeyError, IndexError, SyntaxError, Image.DecompressionBombError)
+"""What shards that are gone or broken raise, and pictures in them: Pillow has SyntaxError for some."""
 
 ENDS = {"done": "finished", "stopped": "stopped and saved", "lost": "ended without a word"}
 
@@ -46,8 +63,8 @@ def write(run: RunDir) -> Path:
 
 def page(facts: Facts, refresh_s: int = 0) -> str:
     """The whole page as text; with `refresh_s` the browser reads the file again every so many seconds."""
-    sections = (head, what_ran, curves, rates, optimizer, speed, classes, mistakes, reliability, commands)
-    return document(facts.run.name, join(make(facts) for make in sections), refresh_s=refresh_s)
+    parts = (what_ran, data, curves, rates, optimizer, speed, classes, calibration, mistakes, reliability, commands)
+    return document(facts.run.name, join(make(facts) for make in (head, *parts)), refresh_s=refresh_s)
 
 
 def document(title: str, body: Markup, css: str = "", refresh_s: int = 0) -> str:
@@ -90,35 +107,58 @@ def head(facts: Facts) -> Markup:
     naive = f"Always naming the largest class would be right for {largest}." if largest else ""
     return html(
         '<header><p class="note">vitdist report · {}</p><h1>{} <span class="badge {}">{}</span></h1>'
-        '<p class="verdict">{}</p>{}{}</header>',
+        '<p class="verdict">{}</p>{}{}{}{}</header>',
         moment(datetime.now(UTC).timestamp()),
         facts.run.name,
         word,
         word,
         sentence,
         listing(tiles, "tiles"),
+        note(expectation(facts)),
         note(naive),
+        note("" if facts.record["state"] == "done" else newest(facts)),
     )
 
 
+def expectation(facts: Facts) -> str:
+    """What the recipe says that it brings, and whether it did; empty without a recipe that says so."""
+    found, scores = recipe(facts), facts.scores
+    if found is None or not found.expected:
+        return ""
+    text = f"Expected by {found.name}: {found.expected}"
+    if facts.record["state"] == "done" and found.lowest is not None and "top1" in scores:
+        missing = found.lowest - 100 * scores["top1"]
+        text += f" This run is {missing:.1f} points below that." if missing > 0.05 else " This run reached that."
+        text += f" Settings changed: {len(found.changed)}." if found.changed else ""
+    return text
+
+
+def newest(facts: Facts) -> str:
+    """The last figures of a run that has not finished, and of when they are."""
+    keys = {"training loss": "train/loss", "validation loss": "val/loss", "gradient norm": "optim/grad_norm"}
+    last = {name: facts.series(key)[-1:] for name, key in (keys | {"images/s": "perf/images_per_s"}).items()}
+    told = [f"{name} {figure(points[0][1])}" for name, points in last.items() if points]
+    steps = [points[0][0] for points in last.values() if points]
+    times = [reached.time for reached in facts.history.reached.values() if reached.time]
+    if not told:
+        return ""
+    when = f", {moment(max(times))}" if times else ""
+    ago = max(0.0, datetime.now(UTC).timestamp() - max(times)) if times else 0.0
+    age = f", {duration(ago)} before this page was made" if times and facts.record["state"] == "running" else ""
+    return f"Last figures, at step {max(steps):,}{when}{age}: {', '.join(told)}."
+
+
 def what_ran(facts: Facts) -> Markup:
-    """Model, data, batch, engine, code, and the settings that differ from the defaults."""
+    """Model, batch, engine, code, and the settings that differ from the recipe and the defaults."""
     record, env, model, batch = facts.record, facts.env, facts.about("model"), facts.about("batch")
-    sets = {kind: facts.about("data").get(kind) or {} for kind in ("train", "val")}
-    sizes = {k: f"{s['samples']:,} samples, digest {s['digest'][:12]}" for k, s in sets.items() if s}
     zero = f"ZeRO-{record['zero']}" if record.get("zero") else "every rank holds all"
     versions = env.get("versions") or env.get("packages") or facts.about("versions")
     code = (env.get("commit") or "")[:12] + (" with uncommitted changes" if env.get("dirty") else "")
-    settings = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
     split = "{global_batch} = {micro_batch} x {accumulation} x {world} ranks"
-    title = "Settings that are not the default"
-    columns = ("setting", "value", "default")
     known = [
         ("model", model.get("name")),
         ("weights", model.get("weights")),
         ("parameters", f"{model['parameters']:,}, of which {model['trainable']:,} trained" if model else ""),
-        ("training set", sizes.get("train")),
-        ("validation set", sizes.get("val")),
         ("batch", split.format(**batch) if batch else ""),
         ("engine", f"{record['precision']}, {zero}" if "precision" in record else ""),
         ("ran on", f"{record['world']} x {record.get('device', 'rank')}" if "world" in record else ""),
@@ -126,43 +166,107 @@ def what_ran(facts: Facts) -> Markup:
         ("code", code),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-    return section(
-        "What ran",
-        pair(
-            wrap("<div>{}</div>", listing(known), table(columns, settings, title, "settings")),
-            wrap("<div>{}</div>", balance(class_counts(facts, "train"))),
-        ),
+    return section("What ran", pair(wrap("<div>{}</div>", listing(known)), wrap("<div>{}</div>", settings(facts))))
+
+
+def settings(facts: Facts) -> Markup:
+    """Those that differ from the recipe; folded where there is one, those that are not the default."""
+    base, columns = recipe(facts), ("setting", "value", "default")
+    differ = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
+    title = "Settings that are not the default"
+    if base is None:
+        return table(columns, differ, title, "settings")
+    changed = [(name, figure(value), figure(usual)) for name, value, usual in base.changed]
+    return join(
+        [
+            table(("setting", "value", "recipe"), changed, f"Settings that differ from {base.name}", "settings")
+            or note(f"All settings are those of {base.name}."),
+            folded(f"{len(differ)} settings that are not the default", table(columns, differ, title, "settings")),
+        ]
     )
 
 
-def balance(counts: dict[str, int]) -> Markup:
+def data(facts: Facts) -> Markup:
+    """Sets, samples of each class, and some training pictures as they are stored."""
+    sets = {kind: facts.about("data").get(kind) or {} for kind in ("train", "val")}
+    sizes = {k: f"{s['samples']:,} samples, digest {s['digest'][:12]}" for k, s in sets.items() if s}
+    known = [("training set", sizes.get("train")), ("validation set", sizes.get("val"))]
+    counts = balance(class_counts(facts, "train"), class_counts(facts, "val"))
+    return section("Data", pair(wrap("<div>{}</div>", listing(known), samples(facts)), wrap("<div>{}</div>", counts)))
+
+
+def samples(facts: Facts) -> Markup:
+    """A few training pictures of each class."""
+    try:
+        found = shards(facts, "train")
+        chosen = spread(found.labels, len(found.classes), SAMPLES)
+        pictures = [(found.classes[found.labels[i]], thumbnail(found.image(i))) for i in chosen]
+    except UNREADABLE as error:
+        return note(f"Training pictures cannot be read here: {error}") if facts.settings else Markup()
+    items = [html('<li><img src="{1}" alt="Training sample of {0}"><p>{0}</p></li>', *picture) for picture in pictures]
+    return wrap('<ul class="pictures">{}</ul>', *items)
+
+
+def balance(train: dict[str, int], val: dict[str, int]) -> Markup:
     """Samples of each class as bars; of many classes the largest and the smallest."""
-    order = sorted(counts.items(), key=lambda item: -item[1])
+    order = sorted(train.items(), key=lambda item: -item[1])
     if not order:
         return Markup()
     most, least, half = order[0][1], order[-1][1], LISTED // 2
     shown = order if len(order) <= MATRIX else order[:half] + order[-half:]
-    rows: list[tuple[str, Any]] = [(name, bar(n / max(1, most), f"{n:,}")) for name, n in shown]
+    rows: list[tuple[Any, ...]] = [
+        (name, bar(n / max(1, most), f"{n:,}"), *([f"{val.get(name, 0):,}"] if val else [])) for name, n in shown
+    ]
     if len(shown) < len(order):
-        rows.insert(half, (f"… {len(order) - len(shown)} classes between …", ""))
+        rows.insert(half, (f"… {len(order) - len(shown):,} classes between …", *[""] * (len(rows[0]) - 1)))
     ratio = f", the largest {most / least:.3g} times the smallest" if least and most > least else ""
     what = f"{len(order):,} classes{ratio}" if len(order) > 1 else "One class"
-    return table(("class", "training samples"), rows, what, "bars")
+    return table(("class", "training samples", "validation")[: len(rows[0])], rows, what, "bars")
 
 
 def drawn(chart: Chart | None) -> Markup:
-    """A figure that page.js draws; nothing of no chart."""
+    """A figure that page.js draws, with a button for each curve that hides and shows it; nothing of no chart."""
     if chart is None:
         return Markup()
-    data = {"columns": charts.columns(chart), "specification": charts.specification(chart)}
-    # A closing tag in a name would end the script element.
-    inside = Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
-    return html(
-        '<figure><figcaption><h3>{}</h3><p>{}</p></figcaption><div class="chart"></div>'
-        '<script type="application/json">{}</script></figure>',
+    buttons = join(
+        html('<button type="button" aria-pressed="true" style="--hue:{}" class="{}">{}</button>', hue, style, name)
+        for name, (hue, style) in list(_keys(chart).items())[chart.context :]
+    )
+    legend = html('<div class="legend" role="group" aria-label="Curves of {}" hidden>{}</div>', chart.title, buttons)
+    many = len(chart.curves) > MOST_BUTTONS
+    if not chart.legend or len(chart.curves) < 2:
+        legend = Markup()
+    return figure_of(
         chart.title,
         chart.about,
+        {
+            "columns": charts.columns(chart),
+            "specification": charts.specification(dataclasses.replace(chart, legend=False)),
+        },
+        before=Markup() if many else legend,
+        after=folded(f"Hide some of {len(chart.curves)} curves", legend) if many else Markup(),
+    )
+
+
+def _keys(chart: Chart) -> dict[str, tuple[str, str]]:
+    """Colour of each curve, and "dashed" of those that are."""
+    looks = zip(chart.curves, charts.strokes(chart), strict=True)
+    return {name: (hue, "" if dash == [1, 0] else "dashed") for name, (hue, dash) in looks}
+
+
+def figure_of(
+    title: str, about: str, drawing: dict[str, Any], before: Markup = NOTHING, after: Markup = NOTHING
+) -> Markup:
+    # A closing tag in a name would end the script element.
+    inside = Markup(json.dumps(drawing, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+    return html(
+        '<figure><figcaption><h3>{}</h3><p>{}</p></figcaption><div>{}<div class="chart"></div>'
+        '<script type="application/json">{}</script>{}</div></figure>',
+        title,
+        about,
+        before,
         inside,
+        after,
     )
 
 
@@ -178,7 +282,7 @@ def curves(facts: Facts) -> Markup:
 def rates(facts: Facts) -> Markup:
     """Learning rate of each layer group, as a fan, and the table of groups."""
     names, scale = list(charts.peaks(facts)), Markup()
-    if len(names) > 1:
+    if len(names) > MOST_BUTTONS:
         scale = html('<p class="fan">{}<i aria-hidden="true"></i>{}</p>', names[0], names[-1])
     columns = ("name", "lr_scale", "weight_decay", "tensors", "parameters")
     groups = [[figure(group.get(column)) for column in columns] for group in facts.record.get("groups") or ()]
@@ -225,17 +329,20 @@ def classes(facts: Facts) -> Markup:
     if not found:
         return Markup()
     names, confusion = found["classes"], np.array(found["confusion"])
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (
             c["name"],
             f"{c['support']:,}",
             bar(c["precision"], percent(c["precision"])),
             bar(c["recall"], percent(c["recall"])),
+            between(c.get("recall_interval")),
             f"{c['f1']:.3f}",
         )
         for c in sorted(found["per_class"], key=lambda c: c["f1"])
     ]
-    columns = ("class", "samples", "precision", "recall", "F1")
+    columns: tuple[str, ...] = ("class", "samples", "precision", "recall", "its 95% interval", "F1")
+    if not any(c.get("recall_interval") for c in found["per_class"]):
+        columns, rows = columns[:4] + columns[5:], [row[:4] + row[5:] for row in rows]
     few = LISTED if len(rows) > MATRIX else len(rows)
     rest = f"The other {len(rows) - few:,} classes"
     title = f"The {few} hardest of {len(rows):,}" if few < len(rows) else "Every class, the hardest first"
@@ -248,9 +355,26 @@ def classes(facts: Facts) -> Markup:
     return section(
         "Classes",
         note(f"Measured on {int(confusion.sum()):,} validation samples at step {found['step']:,}."),
-        table(columns, rows[:few], title, "scores"),
-        folded(rest, table(columns, rows[few:], rest, "scores")),
+        search(
+            f"{len(rows):,} classes",
+            table(columns, rows[:few], title, "scores"),
+            folded(rest, table(columns, rows[few:], rest, "scores")),
+        ),
         wrap("<h3>Confusion</h3>{}", *(both if 10 < len(names) <= MATRIX else [pair(*both)])),
+    )
+
+
+def between(interval: Sequence[float] | None) -> str:
+    return f"{100 * interval[0]:.1f} to {percent(interval[1])}" if interval else ""
+
+
+def search(count: str, *tables: Markup) -> Markup:
+    """Tables whose rows page.js finds by their names, over all of them, and sorts."""
+    return html(
+        '<div class="find"><p class="search" hidden><label>Find a class <input type="search" autocomplete="off" '
+        'spellcheck="false"></label> <output data-of="{}"></output></p>{}</div>',
+        count,
+        join(tables),
     )
 
 
@@ -299,6 +423,39 @@ def matrix(names: list[str], confusion: np.ndarray) -> Markup:
     )
 
 
+def calibration(facts: Facts) -> Markup:
+    """Whether the model is right as often as it is sure: the reliability diagram, and its bins."""
+    bins = facts.evaluation.get("calibration")
+    if not bins:
+        return Markup()
+    total = sum(b["count"] for b in bins)
+    sure, right = (sum(b["count"] * b[name] for b in bins) / total for name in ("confidence", "accuracy"))
+    error = sum(b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / total
+    text = f"Expected calibration error {percent(error)}: how far confidence and accuracy of a bin are apart, the mean "
+    text += f"over all {total:,} samples (15 bins of equal width, Guo et al. 2017). On average the model is "
+    text += f"{percent(sure)} sure and {percent(right)} right."
+    most = max(b["count"] for b in bins)
+    rows = [
+        (
+            f"{100 * b['from']:.0f} to {100 * b['to']:.0f}%",
+            bar(b["count"] / most, f"{b['count']:,}"),
+            percent(b["confidence"]),
+            percent(b["accuracy"]),
+        )
+        for b in bins
+    ]
+    drawing = {"columns": {}, "specification": charts.calibration(bins)}
+    about = "Bars: how many are right of those that the model is so sure of; below the line it is too sure."
+    return section(
+        "Calibration",
+        note(text),
+        pair(
+            wrap("<div>{}</div>", figure_of("Right by how sure", about, drawing)),
+            wrap("<div>{}</div>", table(("sure", "samples", "mean", "right"), rows, "Bins with samples", "bins")),
+        ),
+    )
+
+
 def mistakes(facts: Facts) -> Markup:
     """The most confident mistakes as pictures out of the validation shards."""
     if not facts.evaluation or not facts.run.predictions.exists():
@@ -309,9 +466,9 @@ def mistakes(facts: Facts) -> Markup:
     worst = wrong[np.argsort(-sure[wrong], kind="stable")][:LISTED]
     text = f"{len(wrong):,} of {len(labels):,} validation samples are classified wrong"
     try:
-        shards = Index.open(facts.settings["data"]["val"])
-        pictures = [(k, shards.source(int(ids[k])), thumbnail(shards.image(int(ids[k])))) for k in worst]
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        found = shards(facts, "val")
+        pictures = [(k, found.source(int(ids[k])), thumbnail(found.image(int(ids[k])))) for k in worst]
+    except UNREADABLE as error:
         return section("Worst mistakes", note(f"{text}; their pictures cannot be read here: {error}"))
     items = [
         html(
@@ -331,8 +488,9 @@ def mistakes(facts: Facts) -> Markup:
 
 
 def thumbnail(stored: bytes) -> str:
-    """A small picture as data URI; a tiny one enlarged to squares instead of a blur. Raises OSError."""
+    """A small picture as data URI; a tiny one enlarged to squares instead of a blur. Raises UNREADABLE."""
     with Image.open(io.BytesIO(stored)) as file:
+        file.draft("RGB", (2 * THUMB, 2 * THUMB))  # of a large JPEG, no more is decoded than is shown
         picture = file.convert("RGB")
     times = THUMB // max(picture.size)
     if times > 1:
