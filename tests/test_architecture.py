@@ -15,7 +15,8 @@ OWNERS = {
     "transformers": {"vitdist/model.py", "vitdist/export.py"},
     "peft": {"vitdist/model.py"},
     "timm": {"vitdist/data/colour.py", "vitdist/optim.py"},
-    "wandb": {"vitdist/mirror.py", "vitdist/upload.py"},
+    "wandb": {"vitdist/mirror.py", "vitdist/upload.py", "vitdist/report/wandb_report.py"},
+    "wandb_workspaces": {"vitdist/report/wandb_report.py"},
     "tensorboard": {"vitdist/board.py"},
     "webdataset": {"vitdist/data/pack.py", "vitdist/data/reader.py", "vitdist/data/stream.py"},
     "fsspec": {"vitdist/data/storage.py"},
@@ -182,6 +183,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.report.markdown": {"vitdist.results"},
         "vitdist.report.compare": {"vitdist.results", "vitdist.scores", "vitdist.selection"},
         "vitdist.report.compare_page": {"vitdist.results"},
+        "vitdist.report.wandb_report": {"vitdist.results", "vitdist.selection"},
         "vitdist.sync": {"vitdist.upload"},
         "vitdist.cli": {
             *(f"vitdist.{room}" for room in ("cost", "inference", "manifest", "plan", "results", "selection", "sync")),

@@ -309,6 +309,8 @@ def _follow_a_run(commands: Commands) -> None:
         "--watch", nargs="?", const="30", metavar="SECONDS", help="the page every 30 seconds while a run goes on"
     )
     report.add_argument("--each", action="store_true", help="of several runs, each one's own instead of a comparison")
+    report.add_argument("--wandb", action="store_true", help="as a W&B Report, saved where the runs are at W&B")
+    report.add_argument("--dry-run", action="store_true", help="with --wandb: only write what would be sent, as JSON")
     report.set_defaults(run=_report, interrupted="; the page stays as it is")
 
     sync = commands.add_parser(
@@ -617,7 +619,7 @@ def _prune(run: RunDir, steps: list[int]) -> None:
         raise ValueError(f"{run.path} is being trained: it prunes by itself; stop it first to prune by hand") from None
 
 
-def _report(args: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> int | None:
     from vitdist.report import folders, forms
 
     every, place, named = args.watch, args.figures, args.folder
@@ -633,7 +635,13 @@ def _report(args: argparse.Namespace) -> None:
         raise ValueError("--out: names the page or the Markdown; --figures=FOLDER says where figures go")
     if args.each and (args.out or place):
         raise ValueError("--each: each run's report lies in its folder; leave --out and the folder of --figures away")
+    if args.dry_run and not args.wandb:
+        raise ValueError("--dry-run: belongs to --wandb; other reports are files and nothing else")
+    if args.wandb and (every or args.markdown or args.out or place is not None):
+        raise ValueError("--wandb: saves the W&B Report alone; ask for other reports without it")
     runs, home = folders.find([Path(folder) for folder in named])
+    if args.wandb:
+        return _report_to_wandb([([run], run.path) for run in runs] if args.each else [(runs, home)], args.dry_run)
     out = Path(args.out) if args.out else None
     for group in [[run] for run in runs] if args.each else [runs]:
         if every:
@@ -643,6 +651,27 @@ def _report(args: argparse.Namespace) -> None:
         if args.markdown:
             made.append(forms.text(group, home, out, made))
         print(*(made or [forms.page(group, home, out).path]), sep="\n")
+    return None
+
+
+def _report_to_wandb(groups: list[tuple[list[RunDir], Path]], dry_run: bool) -> int:
+    """Save the report of each group of runs, with its JSON in that folder."""
+    try:
+        from vitdist.report import wandb_report
+    except ModuleNotFoundError as error:
+        if error.name not in ("wandb", "wandb_workspaces"):
+            raise
+        missing = error.name.replace("_", "-")
+        raise ValueError(f"--wandb: {missing} is not installed: pip install {missing}") from None
+    failed = 0
+    for runs, home in groups:
+        try:
+            path, url = wandb_report.save(runs, home, dry_run)
+            print(path if dry_run else url)
+        except wandb_report.NotSavedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = 1
+    return failed
 
 
 def _sync(args: argparse.Namespace) -> int:
