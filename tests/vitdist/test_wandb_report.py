@@ -25,6 +25,7 @@ from vitdist.rundir import RunDir
 
 SECTIONS = [
     "What ran",
+    "Data",
     "Learning curves",
     "Learning rate of each layer",
     "Optimizer",
@@ -84,7 +85,7 @@ def test_sections_of_a_run_in_the_order_of_the_page(tmp_path: Path) -> None:
     found = blocks(tracked(tmp_path))
     assert sections(found) == SECTIONS
     kinds = [block["type"] for block in found]
-    assert kinds[:4] == ["paragraph", "callout-block", "markdown-block", "table-of-contents"]
+    assert kinds[:5] == ["paragraph", "callout-block", "markdown-block", "paragraph", "table-of-contents"]
     assert "tiny: Trained to the end, 200 steps in 2 h" in json.dumps(found[1])
     drawn = {panel["config"]["chartTitle"]: panel["config"] for panel in panels(found)}
     assert drawn["Loss"]["metrics"] == ["train/loss", "val/loss"]
@@ -174,10 +175,10 @@ def test_pictures_are_shown_where_w_and_b_has_them(tmp_path: Path) -> None:
     rundir.publish(media / "images" / "inputs_0_abc.png", "")
     rundir.publish(media / "table" / "val" / "mistakes_9_abc.table.json", "")
     found = blocks(run)
-    assert "Pictures" in sections(found)
+    assert "Worst mistakes" in sections(found)
     assert [p["viewType"] for p in panels(found) if p["viewType"] in ("Weave", "Media Browser")] == [
-        "Weave",
         "Media Browser",
+        "Weave",
     ]
 
 

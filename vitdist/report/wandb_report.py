@@ -24,7 +24,8 @@ import wandb_workspaces.reports.v2 as wr
 from vitdist import config, results, rundir, selection
 from vitdist.report import charts, compare, folders, markdown
 from vitdist.report.compare import Comparison
-from vitdist.report.facts import Facts, Record, class_counts, confused, differing, read, undone, waits
+from vitdist.report.facts import Facts, Record, class_counts, confused, differing, read, recipe, undone, waits
+from vitdist.report.page import expectation, newest
 from vitdist.report.words import (
     cost,
     duration,
@@ -188,14 +189,16 @@ def _of_one(facts: Facts, grid: Grid) -> Sections:
         lost.append(("Broken samples that were met", ("data/bad_samples",)))
     fan = [("Learning rate of each group", ("lr/.*",))] if charts.peaks(facts) else []
     return [
-        (f"{run.name}: {word}", [wr.CalloutBlock(text=plain(f"{run.name}: {sentence}")), _scores(facts)]),
+        (f"{run.name}: {word}", [wr.CalloutBlock(text=plain(f"{run.name}: {sentence}")), *_opening(facts)]),
         ("What ran", _what_ran(facts)),
+        ("Data", [*_data(facts), *grid(_inputs(run))]),
         ("Learning curves", curves(("Loss", ("train/loss", "val/loss")), ("Quality", shares))),
         ("Learning rate of each layer", [*grid(_plots(fan)), _groups(facts)]),
         ("Optimizer", curves(*optimizer)),
         ("Speed", curves(*SPEED)),
-        ("Classes", _classes(facts)),
-        ("Pictures", grid(_pictures(run))),
+        ("Classes", [*_classes(facts), *grid(_pictures(run, "val/pictures"))]),
+        ("Calibration", _calibration(facts)),
+        ("Worst mistakes", grid(_pictures(run, "val/mistakes"))),
         ("Reliability", [*_reliability(facts), *curves(*lost)]),
         ("Files and commands", _commands(facts)),
     ]
@@ -211,25 +214,31 @@ def _plots(curves: Iterable[Curves], runs: int = 1) -> list[Any]:
     return panels
 
 
-def _scores(facts: Facts) -> Any:
-    """The figures that one looks for first."""
-    intervals = facts.evaluation.get("intervals") or {}
+def _opening(facts: Facts) -> list[Any]:
+    """The figures that one looks for first, and what was expected of them."""
+    intervals, counts = facts.evaluation.get("intervals") or {}, class_counts(facts, "val").values()
     rows = [
         (words, results.figure(metric, facts.scores[metric]), results.between_words(metric, intervals.get(metric)))
         for metric, words in results.METRICS.items()
         if facts.scores.get(metric) is not None
     ]
+    naive = (
+        f"Always naming the largest class would be right for {percent(max(counts) / sum(counts))}." if counts else ""
+    )
     (hours, unit), fast = cost(facts), facts.about("summary").get("images_per_s") or facts.middle("perf/images_per_s")
-    rows += [("time", duration(facts.seconds), ""), (unit, hours, "")] if facts.seconds else []
-    rows += [("images/s", figure(fast), "")] if fast else []
-    return _table(("figure", "value", "95 % interval"), rows)
+    more = [("time", duration(facts.seconds), ""), (unit, hours, "")] if facts.seconds else []
+    more += [("images/s", figure(fast), "")] if fast else []
+    return [
+        _text(expectation(facts)),
+        _text("" if facts.record["state"] == "done" else newest(facts)),
+        _table(("figure", "value", "95 % interval"), [*rows, *more]),
+        _text(naive if rows else ""),
+    ]
 
 
 def _what_ran(facts: Facts) -> list[Any]:
-    """Model, data, batch, engine and code; the settings that differ from the defaults; the classes."""
-    record, env, model, batch = facts.record, facts.env, facts.about("model"), facts.about("batch")
-    sets = {kind: facts.about("data").get(kind) or {} for kind in ("train", "val")}
-    sizes = {kind: f"{s['samples']:,} samples, digest {s['digest'][:12]}" for kind, s in sets.items() if s}
+    """Model, batch, engine and code; the settings that differ from the recipe and from the defaults."""
+    record, env, model, batch, base = facts.record, facts.env, facts.about("model"), facts.about("batch"), recipe(facts)
     zero = f"ZeRO-{record['zero']}" if record.get("zero") else "every rank holds all"
     split = "{global_batch} = {micro_batch} x {accumulation} x {world} ranks"
     versions = env.get("versions") or env.get("packages") or facts.about("versions")
@@ -237,27 +246,40 @@ def _what_ran(facts: Facts) -> list[Any]:
         ("model", model.get("name")),
         ("weights", model.get("weights")),
         ("parameters", f"{model['parameters']:,}, of which {model['trainable']:,} trained" if model else ""),
-        ("training set", sizes.get("train")),
-        ("validation set", sizes.get("val")),
         ("batch", split.format(**batch) if batch else ""),
         ("engine", f"{record['precision']}, {zero}" if "precision" in record else ""),
         ("ran on", f"{record['world']} x {record.get('device', 'rank')}" if "world" in record else ""),
         ("code", (env.get("commit") or "")[:12] + (" with uncommitted changes" if env.get("dirty") else "")),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-    settings = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
-    counts = sorted(class_counts(facts, "train").items(), key=lambda item: -item[1])
-    half = MATRIX // 2
-    few = counts if len(counts) <= MATRIX else [*counts[:half], *counts[-half:]]
-    between = f"The {half} largest and the {half} smallest of {len(counts):,} classes"
+    changed = [(name, figure(value), figure(usual)) for name, value, usual in base.changed] if base else []
+    differ = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
+    own = f"Settings that differ from {base.name}" if base else ""
     return [
-        _table(("", ""), [(name, value) for name, value in known if value]),
-        *_titled("Settings that are not the default", _table(("setting", "value", "default"), settings)),
-        *_titled(
-            between if len(few) < len(counts) else "Classes of the training set",
-            _table(("class", "training samples"), [(name, f"{count:,}") for name, count in few]),
-        ),
+        _table(("what", "which"), [(name, value) for name, value in known if value]),
+        *_titled(plain(own), _table(("setting", "value", "recipe"), changed)),
+        *_titled("Settings that are not the default", _table(("setting", "value", "default"), differ)),
     ]
+
+
+def _data(facts: Facts) -> list[Any]:
+    """Both sets, and the samples of each class; of many classes the largest and the smallest."""
+    sets = {kind: facts.about("data").get(kind) for kind in ("train", "val")}
+    sizes = [(kind, f"{about['samples']:,}", about["digest"][:12]) for kind, about in sets.items() if about]
+    counts, val = sorted(class_counts(facts, "train").items(), key=lambda one: -one[1]), class_counts(facts, "val")
+    half, many = MATRIX // 2, len(counts) > MATRIX
+    few = [*counts[:half], *counts[-half:]] if many else counts
+    title = f"The {half} largest and the {half} smallest of {len(counts):,} classes" if many else "Classes"
+    rows = [(name, f"{count:,}", f"{val[name]:,}" if name in val else "") for name, count in few]
+    return [
+        _table(("set", "samples", "digest"), sizes),
+        *_titled(title, _table(("class", "training samples", "validation"), rows)),
+    ]
+
+
+def _inputs(run: RunDir) -> list[Any]:
+    shown = wr.MediaBrowser(title="The first inputs, as the model got them", media_keys=["inputs"])
+    return [shown] if _uploaded(run, "images/inputs") else []
 
 
 def _groups(facts: Facts) -> Any:
@@ -290,18 +312,23 @@ def _classes(facts: Facts) -> list[Any]:
     ]
 
 
-def _pictures(run: RunDir) -> list[Any]:
-    """Panels of the pictures that the run gave to W&B, as the copies under its W&B folder tell."""
-
-    def given(name: str) -> bool:
-        return any(run.wandb.glob(f"*run-*/files/media/{name}_*"))
-
-    inputs = [wr.MediaBrowser(title="First inputs, as the model got them", media_keys=["inputs"])]
-    tables = [wr.WeavePanelSummaryTable(table_name=name) for name in ("val/mistakes", "val/pictures")]
-    return [
-        *(table for table in tables if given(f"table/{table.table_name}")),
-        *(inputs if given("images/inputs") else []),
+def _calibration(facts: Facts) -> list[Any]:
+    """Whether the model is right as often as it is sure."""
+    bins = facts.evaluation.get("calibration") or []
+    rows = [
+        (f"{b['from']:.0%} to {b['to']:.0%}", f"{b['count']:,}", percent(b["confidence"]), percent(b["accuracy"]))
+        for b in bins
     ]
+    return [_table(("sure", "samples", "mean", "right"), rows)]
+
+
+def _pictures(run: RunDir, table: str) -> list[Any]:
+    return [wr.WeavePanelSummaryTable(table_name=table)] if _uploaded(run, f"table/{table}") else []
+
+
+def _uploaded(run: RunDir, media: str) -> bool:
+    """Whether the run gave W&B such a thing, as the copies under its W&B folder tell."""
+    return any(run.wandb.glob(f"*run-*/files/media/{media}_*"))
 
 
 def _reliability(facts: Facts) -> list[Any]:
