@@ -13,11 +13,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitdist import rundir, upload
 from vitdist.console import progress
@@ -25,8 +25,6 @@ from vitdist.rundir import RunDir
 
 QUIET_S = 600.0
 """A part that nothing was written to for this long grows no more. A trainer writes system figures every 15 s."""
-ENDING_S = 5.0
-"""What a child gets to end when the sync is interrupted."""
 
 
 def find(folders: Sequence[str]) -> list[RunDir]:
@@ -36,7 +34,8 @@ def find(folders: Sequence[str]) -> list[RunDir]:
         folder = Path(name)
         inside = [folder] if (folder / "config.yaml").exists() else _inside(folder)
         if not inside:
-            raise ValueError(f"{folder} is no run folder (it has no config.yaml), and none lies in it")
+            what = "it has no config.yaml), and none lies in it" if folder.is_dir() else "there is no such folder)"
+            raise ValueError(f"{folder} is no run folder ({what}")
         for path in inside:
             found.setdefault(path.resolve(), RunDir(path))
     return list(found.values())
@@ -93,45 +92,74 @@ class Outcome:
 
     def lines(self) -> list[str]:
         """What is told of it when it is done."""
-        found = list(self.notes)
-        if self.parts or self.busy:
-            rows = f", {self.sent:,} rows in {self.parts} part{'s' * (self.parts != 1)}" if self.parts else ""
-            found.insert(0, f"{self.kind}{rows} {self.url}".rstrip())
-        return [f"{self.run.path}: {text}" for text in found]
+        if not (self.parts or self.busy):
+            return self.notes_told()
+        rows = f", {self.sent:,} rows in {self.parts} part{'s' * (self.parts != 1)}" if self.parts else ""
+        return [f"{self.run.path}: {self.kind}{rows} {self.url}".rstrip(), *self.notes_told()]
+
+    def notes_told(self) -> list[str]:
+        return [f"{self.run.path}: {note}" for note in self.notes]
+
+
+class Look(NamedTuple):
+    """A run from outside."""
+
+    parts: tuple[tuple[str, int], ...]
+    """What is not all uploaded: each folder's name and the bytes of its rows, -1 where they cannot be seen."""
+    training: bool
+    """The newest part may still grow."""
+
+
+def look(run: RunDir, online: bool) -> Look:
+    """What there is to upload of a run; with `online` also of its parts that were online."""
+    found, newest = [], 0.0
+    for folder in upload.folders(run, online=True):
+        size, done, newest = -1, False, 0.0
+        with contextlib.suppress(OSError):  # the child says why
+            log = upload.log_of(folder)
+            if log is not None:
+                size, newest, done = log.stat().st_size, log.stat().st_mtime, upload.uploaded(log)
+        if not done and (online or folder.name.startswith("offline-")):
+            found.append((folder.name, size))
+    try:
+        running = rundir.state(run).get("state") == "running"
+    except (OSError, ValueError):  # a record that cannot be read rules nothing out
+        running = True
+    return Look(tuple(found), running and time.time() - newest < QUIET_S)
 
 
 class Sync:
-    """Uploads of some runs. `online`: parts that were online too."""
+    """Uploads of runs, once or again and again. `online`: parts that were online too."""
 
     def __init__(self, jobs: int, online: bool) -> None:
         self._jobs, self._online = jobs, online
         self._children: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._over = False
-
-    def pending(self, run: RunDir) -> list[Path]:
-        """The folders of parts that are not all uploaded, or cannot be read."""
-        found = []
-        for folder in upload.folders(run, self._online):
-            with contextlib.suppress(OSError):  # the child says why
-                log = upload.log_of(folder)
-                if log is not None and upload.uploaded(log):
-                    continue
-            found.append(folder)
-        return found
+        self._seen: dict[Path, Look] = {}
+        """Runs that were uploaded as far as they went, as they were."""
+        self._told: set[str] = set()
 
     def round(self, runs: Sequence[RunDir]) -> list[Outcome]:
-        """Upload what there is of each run, and tell of it. Raises KeyboardInterrupt."""
-        due = [run for run in runs if self.pending(run)]
+        """Upload what is new of each run, and tell of it. Raises KeyboardInterrupt."""
+        self._over = False
+        looks = {run.path: look(run, self._online) for run in runs}
+        due = [run for run in runs if looks[run.path].parts and looks[run.path] != self._seen.get(run.path)]
         outcomes = [Outcome(run) for run in runs if run not in due]
         pool = ThreadPoolExecutor(self._jobs)
         try:
             with progress("uploading", len(due), "runs") as show:
-                for done in as_completed([pool.submit(self._one, run) for run in due]):
-                    outcomes.append(done.result())
-                    for line in outcomes[-1].lines():
-                        print(line, flush=True)
-                    show(sum(outcome.run in due for outcome in outcomes))
+                jobs = [pool.submit(self._one, run, looks[run.path].training) for run in due]
+                for count, job in enumerate(as_completed(jobs), 1):
+                    outcome = job.result()
+                    outcomes.append(outcome)
+                    if not outcome.errors and not outcome.busy:
+                        self._seen[outcome.run.path] = looks[outcome.run.path]
+                    for line in outcome.lines():
+                        if line not in self._told:
+                            print(line, flush=True)
+                    self._told.update(outcome.notes_told())
+                    show(count)
         except BaseException:
             self._stop()
             raise
@@ -139,74 +167,54 @@ class Sync:
             pool.shutdown(cancel_futures=True)
         return outcomes
 
-    def _one(self, run: RunDir) -> Outcome:
+    def _one(self, run: RunDir, training: bool) -> Outcome:
         outcome = Outcome(run)
-        if self._over:
-            outcome.errors.append("not tried")
-            return outcome
-        try:
-            training = _trains(run)
-        except (OSError, ValueError) as error:
-            outcome.errors.append(str(error))
-            return outcome
         flags = ["--online"] * self._online + ["--training"] * training
-        command = [sys.executable, "-m", "vitdist.upload", str(run.path), *flags]
-        with self._started(command) as child:
-            assert child.stdout
-            assert child.stderr
+        child = self._start([sys.executable, "-m", "vitdist.upload", str(run.path), *flags])
+        if child is None:
+            outcome.errors.append("not tried after that")
+            return outcome
+        assert child.stdout
+        assert child.stderr
+        with child:
             said: list[str] = []
             reader = threading.Thread(target=said.extend, args=(child.stderr,), daemon=True)
             reader.start()
             for line in child.stdout:
                 outcome.take(json.loads(line))
-            code = child.wait()
             reader.join()
+            code = child.wait()
+        with self._lock:
+            self._children.discard(child)
+            self._over |= outcome.server
         if code and not outcome.errors:
             last = said[-1].strip() if said else f"signal {-code}" if code < 0 else f"exit code {code}"
             outcome.errors.append(f"its upload ended too early ({last}): the same command goes on")
-        self._over |= outcome.server
         return outcome
 
-    @contextlib.contextmanager
-    def _started(self, command: list[str]) -> Iterator[subprocess.Popen[str]]:
-        # A session of its own: Ctrl-C at the terminal reaches this process alone, which ends the children.
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def _start(self, command: list[str]) -> subprocess.Popen[str] | None:
         with self._lock:
+            if self._over:
+                return None
+            # A session of its own: Ctrl-C at the terminal reaches this process alone, which ends the children.
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
             self._children.add(child)
-        try:
-            yield child
-        finally:
-            with self._lock:
-                self._children.discard(child)
+            return child
 
     def _stop(self) -> None:
-        self._over = True
         with self._lock:
+            self._over = True
             children = list(self._children)
         for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)
-        for child in children:
-            try:
-                child.wait(ENDING_S)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-
-
-def _trains(run: RunDir) -> bool:
-    """Whether the run's newest part may still grow. Raises ValueError and OSError."""
-    if rundir.state(run).get("state") != "running":
-        return False
-    logs = [log for folder in upload.folders(run, online=True) if (log := upload.log_of(folder))]
-    return bool(logs) and time.time() - logs[-1].stat().st_mtime < QUIET_S
 
 
 def once(runs: Sequence[RunDir], jobs: int, online: bool) -> int:
@@ -216,11 +224,11 @@ def once(runs: Sequence[RunDir], jobs: int, online: bool) -> int:
 
 def watch(folders: Sequence[str], jobs: int, online: bool, every_s: float) -> int:
     """Upload again and again, new runs too, until Ctrl-C. Returns 0, or 1 if a run failed in the last round."""
-    code, told = 0, None
+    sync, code, told = Sync(jobs, online), 0, list[str]()
     print(f"looks every {every_s:.0f} s for new rows, until Ctrl-C", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            failures = _failures(Sync(jobs, online).round(find(folders)))
+            failures = _failures(sync.round(find(folders)))
             code = int(bool(failures))
             if failures != told:
                 told = failures
@@ -233,10 +241,12 @@ def watch(folders: Sequence[str], jobs: int, online: bool, every_s: float) -> in
 def listing(runs: Sequence[RunDir], online: bool) -> int:
     """Tell what would be uploaded."""
     for run in runs:
-        parts = Sync(1, online).pending(run)
-        print(f"{run.path}: {len(parts) or 'no'} part{'s' * (len(parts) != 1)} to upload")
-        for part in parts:
-            print(f"    {part.name}")
+        parts, training = look(run, online)
+        print(
+            f"{run.path}: {len(parts) or 'no'} part{'s' * (len(parts) != 1)} to upload{', still training' * training}"
+        )
+        for name, _ in parts:
+            print(f"    {name}")
     return 0
 
 

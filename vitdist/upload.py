@@ -71,6 +71,10 @@ class Part(NamedTuple):
         return self.log.parent
 
     @property
+    def online(self) -> bool:
+        return not self.folder.name.startswith("offline-")
+
+    @property
     def state(self) -> Path:
         return self.log.with_name(f"{self.log.name}.syncstate")
 
@@ -112,7 +116,7 @@ def records(log: Path, size: int) -> Iterator[bytes | None]:
     """
     with open(log, "rb") as file:
         if size and file.read(HEAD)[:4] != b":W&B"[: min(size, 4)]:
-            raise ValueError(f"{log}: no file of W&B's rows")
+            raise ValueError("no file of W&B's rows")
         whole: bytes | None = None
         place = HEAD
         while place + HEAD <= size:
@@ -154,8 +158,8 @@ def append(file: io.BufferedWriter, record: bytes) -> None:
         first = False
 
 
-def look(log: Path) -> Part | None:
-    """What a part holds; None if that is nothing."""
+def look(log: Path, whole: bool) -> Part | None:
+    """What a part holds; None if that is nothing. Without `whole` its rows are not counted."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     size, rows, ended, damaged, about = log.stat().st_size, 0, False, 0, None
@@ -169,9 +173,11 @@ def look(log: Path) -> Part | None:
         ended |= kind == "exit"
         if kind == "run" and about is None:
             about = record.run
+            if not whole:
+                break
     if about is None:
         if damaged:
-            raise ValueError(f"{log}: damaged where it says which run it is of")
+            raise ValueError("damaged where it says which run it is of")
         return None
     path = "/".join(name for name in (about.entity, about.project, about.run_id) if name)
     return Part(log, size, about.start_time.ToNanoseconds() / 1e9, path, rows, ended, damaged)
@@ -211,18 +217,16 @@ def upload(run: RunDir, online: bool, training: bool, tell: Tell) -> None:
 
 
 def _upload(run: RunDir, desk: Path, online: bool, training: bool, tell: Tell) -> None:
-    parts = _parts(run, online, tell)
-    todo = [part for part in parts if not uploaded(part.log)]
+    parts, todo = _parts(run, online, training, tell)
     there = {part.log: _there(part, parts) for part in todo}
     for part in todo:
-        last, got = part is parts[-1], there[part.log]
+        last, got = part.log == parts[-1].log, there[part.log]
         unfinished = training and last and not part.ended
-        mine = not part.folder.name.startswith("offline-")
         told = {"part": part.folder.name, "rows": part.rows, "sent": part.rows - got, "unfinished": unfinished}
-        if unfinished and (mine or got == part.rows):
+        if unfinished and (part.online or got == part.rows):
             tell(told | {"sent": 0})  # the training uploads it itself, or has written nothing since
             continue
-        if mine and not last and got == part.rows:
+        if part.online and not last and got == part.rows:
             _mark(part)
             continue
         url = _send(desk, part, got, unfinished, last)
@@ -231,21 +235,26 @@ def _upload(run: RunDir, desk: Path, online: bool, training: bool, tell: Tell) -
         tell(told | {"url": url, "damaged": part.damaged})
 
 
-def _parts(run: RunDir, online: bool, tell: Tell) -> list[Part]:
-    """Every part that can be read; tells of the others."""
-    found = []
-    for folder in folders(run, online):
+def _parts(run: RunDir, online: bool, training: bool, tell: Tell) -> tuple[list[Part], list[Part]]:
+    """Every part that can be read, and those of them that are to be uploaded; tells of the others."""
+    found, todo = [], []
+    every, offline = folders(run, online=True), folders(run, online=False)
+    for folder in every:
+        mine = online or folder in offline
         try:
             log = log_of(folder)
-            part = look(log) if log else None
+            due = mine and log is not None and not uploaded(log)
+            part = look(log, due) if log else None
         except (OSError, ValueError) as error:
-            tell({"part": folder.name, "error": f"cannot be read: {_reason(error)}"})
+            if mine:
+                tell({"part": folder.name, "error": f"cannot be read: {getattr(error, 'strerror', None) or error}"})
             continue
         if part:
             found.append(part)
-        else:
+            todo += [part] * due
+        elif mine and not (training and folder == every[-1]):  # that one has only just begun
             tell({"part": folder.name, "empty": True})
-    return sorted(found, key=lambda part: part.started)
+    return sorted(found, key=lambda part: part.started), sorted(todo, key=lambda part: part.started)
 
 
 def _there(part: Part, parts: list[Part]) -> int:
@@ -346,14 +355,16 @@ def _mark(part: Part) -> None:
 
 
 def _failure(text: str) -> Exception:
-    """What went wrong, and what to do: a ConnectionError where other runs would meet it too, else a ValueError."""
     import wandb
 
     settings = wandb.setup().settings
-    if settings.api_key:
-        text = text.replace(settings.api_key, "...")
     address = urlparse(settings.base_url)
     server = f"{address.hostname}:{address.port}" if address.port else str(address.hostname)
+    return explained(text.replace(settings.api_key, "...") if settings.api_key else text, server)
+
+
+def explained(text: str, server: str) -> Exception:
+    """What went wrong, and what to do: a ConnectionError where other runs would meet it too, else a ValueError."""
     status = re.search(r"(?:HTTP|status|error|upload:) ([1-5]\d\d)\b", text)
     if re.search(r"API key|not authenticated", text, re.IGNORECASE):
         return ConnectionError(f"no key for {server}, or none that can be one: `wandb login`{_OTHER}")
@@ -362,18 +373,14 @@ def _failure(text: str) -> Exception:
     if status and status[1] in ("429", "500", "502", "503", "504"):
         return ConnectionError(f"{server} is in trouble ({status[1]}): the same command goes on later")
     if network := _NETWORK.search(text):
-        return ConnectionError(f"{server} cannot be reached ({network[0]}): run it where there is a network{_OTHER}")
+        return ConnectionError(f"{server} cannot be reached ({network[1]}): run it where there is a network{_OTHER}")
     return ValueError(f"{server} did not take it ({' '.join(text.split())[:300]})")
 
 
 _NETWORK = re.compile(
-    r"connection re\w+|no such host|no route to host|network is unreachable|Client\.Timeout|deadline exceeded|giving up"
+    r".*(connection re\w+|no such host|no route to host|network is unreachable|Client\.Timeout|deadline exceeded)", re.S
 )
 _OTHER = " (another server: WANDB_BASE_URL)"
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
 
 
 @contextlib.contextmanager
@@ -404,6 +411,7 @@ def main() -> int:
     parser.add_argument("--online", action="store_true", help="parts that were online too")
     parser.add_argument("--training", action="store_true", help="the newest part may still grow")
     args = parser.parse_args()
+    os.nice(10)  # a login node is others' too
     failed = False
 
     def tell(told: dict[str, Any]) -> None:
