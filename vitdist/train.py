@@ -219,7 +219,7 @@ def _attempt(
     """One attempt from the data to the model; returns the figures of the finished run, None if it was stopped."""
     from vitdist import checkpoint, model
 
-    model.import_quickly()
+    model.import_quickly(settings.engine.compile)
     journal.stage("transformers")
     # data, model with a learning rate for each layer, DeepSpeed
     session, about = _assemble(run, number, settings, me, journal, watchdog, stopping, began)

@@ -542,7 +542,7 @@ import sys
 from pathlib import Path
 from vitdist import model
 model.import_quickly()
-assert not {"scipy.optimize", "accelerate"} & set(sys.modules)
+assert not {"scipy.optimize", "accelerate", "torchvision", "torch._dynamo", "sympy"} & set(sys.modules)
 assert not [name for name, module in sys.modules.items() if isinstance(module, model._StandIn)]
 from vitdist.config import Model, Scratch
 import torch
@@ -553,6 +553,9 @@ net.save_pretrained(sys.argv[1])
 again, _ = model.build(Model(pretrained=sys.argv[1], image_size=16), ["a", "b"], 0)
 again.eval()
 assert torch.equal(net(pixel_values=images).logits, again(pixel_values=images).logits)
+from vitdist import config, export
+pixels = config.Pixels(image_size=16, eval_crop=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+assert export._processor(pixels).to_dict()["image_processor_type"] == "CLIPImageProcessor"
 import peft  # what adapters need comes after it, whole
 lora, _ = model.build(Model(pretrained=sys.argv[1], image_size=16, lora={"rank": 2}), ["a", "b"], 0)
 assert lora(pixel_values=images).logits.shape == (2, 2)
