@@ -306,7 +306,7 @@ def test_chance_is_mcnemars(b_alone: int, a_alone: int) -> None:
 
 @pytest.mark.parametrize("metric", compare.PAIRED)
 def test_chance_is_that_of_the_metric(metric: str) -> None:
-    """Of two models with as many right answers, the one that lost the rare class is behind where classes count alike."""
+    """Of two models with as many right answers, one that lost the rare class is behind where classes count alike."""
     labels = np.repeat([0, 1], [900, 30])
     a, b = labels.copy(), labels.copy()
     a[:20] = 1  # 20 of the frequent class

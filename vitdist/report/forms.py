@@ -1,6 +1,7 @@
 """What `vitdist report` makes: a page, Markdown or figures, once, or again and again while a run goes on."""
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -73,7 +74,7 @@ def follow(make: Callable[[int], Made], every_s: int, sleep: Callable[[float], N
             path, live, line = make(every_s)
             if terminal:
                 line = f"{path}  {time.strftime('%H:%M:%S')}  {line}"
-                print(f"\r\x1b[K{line[: os.get_terminal_size().columns - 1]}", end="", flush=True)
+                print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
             elif line != told:
                 print(f"{path}: {line}", flush=True)
             if not live:
