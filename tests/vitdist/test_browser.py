@@ -34,7 +34,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     names = ("name", "support", "precision", "recall", "f1")
     about = {
-        "per_class": [dict(zip(names, column, strict=True)) for column in columns],
+        "per_class": [
+            dict(zip(names, column, strict=True)) | {"recall_interval": [0.123, 0.987]} for column in columns
+        ],
         "confusion": confusion.tolist(),
         "calibration": scores.calibration(np.linspace(0.1, 1, 1000), labels == predicted).bins(),
     }
@@ -131,6 +133,7 @@ def test_classes_are_found_and_sorted(opened: tuple[Page, list[str], list[str]])
 def test_nothing_is_wider_than_the_page(opened: tuple[Page, list[str], list[str]], width: int) -> None:
     page, _, faults = opened
     page.set_viewport_size({"width": width, "height": 800})
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     for media, scheme in (("screen", "light"), ("screen", "dark"), ("print", "light")):
         page.emulate_media(media=media, color_scheme=scheme)  # type: ignore[arg-type]
         sizes = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")

@@ -39,6 +39,11 @@ def pair(*parts: Markup) -> Markup:
     return wrap('<div class="pair">{}</div>', *parts)
 
 
+def wide(inside: Markup) -> Markup:
+    """What may be wider than the page, and is then scrolled by itself."""
+    return wrap('<div class="wide" tabindex="0">{}</div>', inside)
+
+
 def table(head: Sequence[str], body: Sequence[Sequence[Any]], caption: str, kind: str = "") -> Markup:
     """A table whose first cell in a row names the row; nothing without rows."""
     heads = join(html('<th scope="col">{}</th>', title) for title in head)

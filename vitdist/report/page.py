@@ -38,7 +38,21 @@ from vitdist.report.facts import (
     undone,
     waits,
 )
-from vitdist.report.markup import bar, command, data_uri, folded, html, join, listing, note, pair, section, table, wrap
+from vitdist.report.markup import (
+    bar,
+    command,
+    data_uri,
+    folded,
+    html,
+    join,
+    listing,
+    note,
+    pair,
+    section,
+    table,
+    wide,
+    wrap,
+)
 from vitdist.report.words import cost, duration, figure, goodput, moment, percent, submission, verdict
 from vitdist.rundir import RunDir
 
@@ -104,10 +118,11 @@ def head(facts: Facts) -> Markup:
     ]
     counts = class_counts(facts, "val").values() if scores else ()
     largest = percent(max(counts) / sum(counts)) if counts else ""
+    remedy = facts.starts[-1].remedy.rstrip(".") if facts.starts else ""
     naive = f"Always naming the largest class would be right for {largest}." if largest else ""
     return html(
         '<header><p class="note">vitdist report · {}</p><h1>{} <span class="badge {}">{}</span></h1>'
-        '<p class="verdict">{}</p>{}{}{}{}</header>',
+        '<p class="verdict">{}</p>{}{}{}{}{}</header>',
         moment(datetime.now(UTC).timestamp()),
         facts.run.name,
         word,
@@ -116,6 +131,7 @@ def head(facts: Facts) -> Markup:
         listing(tiles, "tiles"),
         note(expectation(facts)),
         note(naive),
+        note(f"To do: {remedy}." if word == "failed" and remedy else ""),
         note("" if facts.record["state"] == "done" else newest(facts)),
     )
 
@@ -139,6 +155,7 @@ def newest(facts: Facts) -> str:
     last = {name: facts.series(key)[-1:] for name, key in (keys | {"images/s": "perf/images_per_s"}).items()}
     told = [f"{name} {figure(points[0][1])}" for name, points in last.items() if points]
     steps = [points[0][0] for points in last.values() if points]
+    told += [f"top-1 {percent(share)}" for _, share in facts.series("val/top1")[-1:]]
     times = [reached.time for reached in facts.history.reached.values() if reached.time]
     if not told:
         return ""
@@ -291,8 +308,8 @@ def rates(facts: Facts) -> Markup:
         drawn(charts.rates(facts)),
         scale,
         folded(
-            f"{len(groups)} parameter groups",
-            table(("group", "rate x", "weight decay", "tensors", "parameters"), groups, "Parameter groups"),
+            f"{len(groups)} parameter group" + "s" * (len(groups) > 1),
+            wide(table(("group", "rate x", "weight decay", "tensors", "parameters"), groups, "Parameter groups")),
         ),
     )
 
@@ -343,6 +360,7 @@ def classes(facts: Facts) -> Markup:
     columns: tuple[str, ...] = ("class", "samples", "precision", "recall", "its 95% interval", "F1")
     if not any(c.get("recall_interval") for c in found["per_class"]):
         columns, rows = columns[:4] + columns[5:], [row[:4] + row[5:] for row in rows]
+    kind = "scores with-interval" if len(columns) > 5 else "scores"
     few = LISTED if len(rows) > MATRIX else len(rows)
     rest = f"The other {len(rows) - few:,} classes"
     title = f"The {few} hardest of {len(rows):,}" if few < len(rows) else "Every class, the hardest first"
@@ -357,8 +375,8 @@ def classes(facts: Facts) -> Markup:
         note(f"Measured on {int(confusion.sum()):,} validation samples at step {found['step']:,}."),
         search(
             f"{len(rows):,} classes",
-            table(columns, rows[:few], title, "scores"),
-            folded(rest, table(columns, rows[few:], rest, "scores")),
+            table(columns, rows[:few], title, kind),
+            folded(rest, table(columns, rows[few:], rest, kind)),
         ),
         wrap("<h3>Confusion</h3>{}", *(both if 10 < len(names) <= MATRIX else [pair(*both)])),
     )
@@ -473,7 +491,7 @@ def mistakes(facts: Facts) -> Markup:
     items = [
         html(
             '<li><img src="{0}" title="{1}" alt="Validation sample {2}: is {3}, was taken for {4}">'
-            "<p><b>{3}</b></p><p>taken for <b>{4}</b>, {5}</p></li>",
+            "<p><b>{3}</b></p><p>taken ({5}) for <b>{4}</b></p></li>",
             picture,
             source,
             ids[k],
@@ -539,7 +557,7 @@ def timeline(facts: Facts) -> Markup:
             )
         )
     columns = ("start", "began", "after a gap of", "ran for", "steps", "end", "steps lost")
-    return wrap('<div class="wide" tabindex="0">{}</div>', table(columns, rows, "Every start of the run", "starts"))
+    return wide(table(columns, rows, "Every start of the run", "starts"))
 
 
 def causes(starts: Sequence[Start]) -> Markup:
@@ -576,7 +594,7 @@ def happenings(starts: Sequence[Start]) -> Markup:
     caption = "Events: " + ", ".join(f"{count} x {kind}" for kind, count in counts)
     caption += f"; {more:,} further ones are not kept" if more else ""
     columns = ("time (UTC)", "start", "step", "kind", "what")
-    made = wrap('<div class="wide" tabindex="0">{}</div>', table(columns, rows, caption, "events"))
+    made = wide(table(columns, rows, caption, "events"))
     return made if len(rows) <= LISTED else folded(f"{len(rows):,} events", made)
 
 
