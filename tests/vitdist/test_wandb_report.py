@@ -114,32 +114,30 @@ def test_the_library_reads_its_report_back(tmp_path: Path) -> None:
     model = internal.ReportViewspec.model_validate(wandb_report.specification(report))
     again = wr.Report._from_model(model)
     assert [type(block) for block in again.blocks] == [type(block) for block in report.blocks]
-    assert again.title == report.title == "tiny: finished"
+    assert again.title == report.title == "tiny finished"
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
-        ("a|b\nc", r"a\|b c"),
-        ("![x](http://evil/pixel)", r"\!\[x\](http://evil/pixel)"),
-        ("**bold** `code` $x$", r"\*\*bold\*\* \`code\` \$x\$"),
-        ("steel\x1b[31m", r"steel\[31m"),
-    ],
-)
-def test_class_names_are_text(tmp_path: Path, name: str, shown: str) -> None:
-    found = tables(blocks(tracked(tmp_path, names=[name, "other"])))
-    assert f"| {shown} |" in found
+def test_class_names_are_text(tmp_path: Path) -> None:
+    shown = {
+        "<script>alert(1)</script>": "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "a|b\nc": r"a\|b c",
+        "![x](http://evil/pixel)": r"\!\[x\](http://evil/pixel)",
+        "**bold** `code` $x$": r"\*\*bold\*\* \`code\` \$x\$",
+        "steel\x1b[31m": r"steel\[31m",
+    }
+    found = tables(blocks(tracked(tmp_path, names=list(shown))))
+    for text in shown.values():
+        assert found.count(f"| {text} |") >= 3  # sizes, scores, matrix
     for line in found.splitlines():
         assert line.startswith("| ")
         assert line.endswith(" |")
 
 
-def test_a_thousand_classes_are_cut_to_the_hardest(tmp_path: Path) -> None:
-    found = blocks(tracked(tmp_path, names=[f"class {i}" for i in range(1000)]))
-    assert "the 50 lowest recalls of 1,000 classes" in json.dumps(found)
+def test_many_classes_are_cut_to_the_hardest(tmp_path: Path) -> None:
+    found = blocks(tracked(tmp_path, names=[f"class {i}" for i in range(300)]))
+    assert "the 50 lowest recalls of 300 classes" in json.dumps(found)
     assert "Confusion: rows the true class, columns the predicted one" not in json.dumps(found)
-    assert len(json.dumps(found)) < 100_000
+    assert len(json.dumps(found)) < 60_000
 
 
 def test_secrets_stay_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +229,7 @@ def test_a_report_is_saved_once_and_then_updated(
     server.rows["1a2b3c4d"] = []
     assert cli.main(["report", str(run.path), "--wandb"]) == 0
     (view,) = server.views
-    assert capsys.readouterr().out == f"{server.url}/me/vitdist/reports/tiny:-finished--{view}\n"
+    assert capsys.readouterr().out == f"{server.url}/me/vitdist/reports/tiny-finished--{view}\n"
     kept = json.loads((run.path / "wandb-report.json").read_text())
     sent = json.loads(server.views[view]["spec"])
     assert kept["id"] == view
@@ -249,7 +247,7 @@ def test_a_report_is_saved_once_and_then_updated(
     rundir.publish_json(run.attempt(0).train, record | {"state": "stopped"})
     assert cli.main(["report", str(run.path), "--wandb"]) == 0
     assert list(server.views) == [view]
-    assert server.views[view]["displayName"] == "tiny: stopped"
+    assert server.views[view]["displayName"] == "tiny stopped"
     assert json.loads(server.views[view]["spec"])["discussionThreads"] == [{"id": "thread"}]
 
     # Deleted at W&B: there will be a new one.
@@ -274,7 +272,7 @@ def test_a_run_that_was_not_uploaded_is_named(
 
 @pytest.mark.parametrize(
     ("behave", "says"),
-    [(401, "W&B refuses the API key: `wandb login --relogin`"), (500, "W&B did not take the report: Failed to verify")],
+    [(401, "W&B refuses the API key: `wandb login --relogin`"), (500, "W&B did not take the report (Failed to verify")],
 )
 def test_a_server_that_says_no(
     tmp_path: Path,
@@ -314,7 +312,7 @@ def test_a_dry_run_asks_nobody_and_keeps_the_id(
     assert cli.main(["report", str(run.path), "--wandb", "--dry-run"]) == 0
     assert capsys.readouterr().out == f"{run.path}/wandb-report.json\n"
     kept = json.loads((run.path / "wandb-report.json").read_text())
-    assert (kept["id"], kept["url"], kept["displayName"]) == ("VmlldzoxMjM=", "https://host/report", "tiny: finished")
+    assert (kept["id"], kept["url"], kept["displayName"]) == ("VmlldzoxMjM=", "https://host/report", "tiny finished")
     assert base64.b64decode(kept["id"])
     assert not server.asked.is_set()
 

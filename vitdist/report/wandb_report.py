@@ -189,7 +189,7 @@ def _of_one(facts: Facts, grid: Grid) -> Sections:
         lost.append(("Broken samples that were met", ("data/bad_samples",)))
     fan = [("Learning rate of each group", ("lr/.*",))] if charts.peaks(facts) else []
     return [
-        (f"{run.name}: {word}", [wr.CalloutBlock(text=plain(f"{run.name}: {sentence}")), *_opening(facts)]),
+        (f"{run.name} {word}", [wr.CalloutBlock(text=plain(f"{run.name}: {sentence}")), *_opening(facts)]),
         ("What ran", _what_ran(facts)),
         ("Data", [*_data(facts), *grid(_inputs(run))]),
         ("Learning curves", curves(("Loss", ("train/loss", "val/loss")), ("Quality", shares))),
@@ -606,9 +606,10 @@ def _said(error: Exception) -> str:
     """What W&B's error means for a user."""
     if isinstance(error, NotSavedError):
         return str(error)
-    text = plain(error).partition(" while retrying")[0][:300]
+    text = re.sub(r"POST \S+ giving up after \d+ attempt\(s\)(: (?=Post)| while retrying: )", "", plain(error))
+    text = text.partition(" while retrying")[0][:300]
     if isinstance(error, wandb.errors.UsageError) or "not logged in" in text:
         return "W&B has no API key here: `wandb login`, then once more"
     if any(f"error {code}" in text or f"HTTP {code}" in text for code in (401, 403)):
         return "W&B refuses the API key: `wandb login --relogin`, then once more"
-    return f"W&B did not take the report: {text}"
+    return f"W&B did not take the report ({text}): once more from where it can be reached"
