@@ -44,6 +44,8 @@ BOUNDS = {
     )
 }
 """Of one request, so that a sync ends. W&B's own: 7 days for rows."""
+ANSWERED = "vitdist_rows"
+"""In a part's .syncstate: rows that the server has answered for, whatever it says of the run's end a minute later."""
 STREAMS = {"stats", "output", "output_raw", "alert", "preempting"}
 """Records that add something to the run each time they are sent. Others say what is the case, and may be repeated."""
 ORPHAN_S = 3.0
@@ -79,9 +81,15 @@ class Part(NamedTuple):
         return self.log.with_name(f"{self.log.name}.syncstate")
 
     @property
+    def known(self) -> dict[str, Any]:
+        """What wandb keeps of it; empty where a kill came between the file and its content."""
+        text = self.state.read_text() if self.state.exists() else ""
+        return dict(json.loads(text)) if text else {}
+
+    @property
     def begin(self) -> int | None:
         """The run's step that the first row got at the server; None where no row was ever sent."""
-        return (rundir.read_json(self.state) or {}).get("starting_step")
+        return self.known.get("starting_step")
 
 
 def folders(run: RunDir, online: bool) -> list[Path]:
@@ -230,7 +238,9 @@ def _upload(run: RunDir, desk: Path, online: bool, training: bool, tell: Tell) -
             _mark(part)
             continue
         url = _send(desk, part, got, unfinished, last)
-        if not unfinished:
+        if unfinished:
+            rundir.publish(part.state, json.dumps(part.known | {ANSWERED: part.rows}))
+        else:
             _mark(part)
         tell(told | {"url": url, "damaged": part.damaged})
 
@@ -260,12 +270,14 @@ def _parts(run: RunDir, online: bool, training: bool, tell: Tell) -> tuple[list[
 def _there(part: Part, parts: list[Part]) -> int:
     """How many of the part's rows the server has."""
     begin = part.begin
-    if begin is None:
+    end = 0 if begin is None else _end(part)
+    if begin is None or not end:
         return 0
     # Where the next part begins at the server, its rows of this one end; of two at one place the first has none there.
     me = (begin, part.started)
     later = [other.begin for other in parts if other.begin is not None and (other.begin, other.started) > me]
-    return min(max(min([_end(part), *later]) - begin, 0), part.rows)
+    answered = part.known.get(ANSWERED, 0)
+    return min(max(min([end, *later]) - begin, answered), part.rows)
 
 
 def _end(part: Part) -> int:
@@ -280,7 +292,7 @@ def _end(part: Part) -> int:
         return 0
     except Exception as error:
         raise _failure(str(error)) from None
-    return min(known.lastHistoryStep + 1, known._attrs["historyLineCount"])
+    return min(known.lastHistoryStep + 1, known.historyLineCount)
 
 
 def _send(desk: Path, part: Part, got: int, unfinished: bool, last: bool) -> str:
@@ -317,8 +329,7 @@ def _send(desk: Path, part: Part, got: int, unfinished: bool, last: bool) -> str
 
 def _resumed(part: Part, got: int) -> dict[str, Any]:
     """What wandb shall know of a part that goes on after its first `got` rows. Raises as `upload`."""
-    known = rundir.read_json(part.state) or {}
-    end = _end(part)
+    known, end = part.known, _end(part)
     if got < part.rows and known["starting_step"] + got < end:
         # Others' rows follow: the rest comes after them, as if the part had begun that much before their end.
         known["starting_step"] = end - got
@@ -385,7 +396,7 @@ _OTHER = " (another server: WANDB_BASE_URL)"
 
 @contextlib.contextmanager
 def alone(run: RunDir) -> Iterator[None]:
-    """Hold the run's uploads. Raises BlockingIOError if another process does."""
+    """Hold the run's uploads; in the file is who does. Raises BlockingIOError if that is another process."""
     with open(run.wandb / ".sync.lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -394,10 +405,11 @@ def alone(run: RunDir) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # no locks on this file system
                 raise
-        if file.tell():
-            time.sleep(ORPHAN_S)  # whoever held it was killed
-        else:
-            print(os.getpid(), file=file, flush=True)
+        killed = file.tell() > 0
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        if killed:
+            time.sleep(ORPHAN_S)
         try:
             yield
         finally:
