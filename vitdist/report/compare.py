@@ -26,6 +26,7 @@ from vitdist.report.words import DONE, cost, duration, figure, going, verdict
 from vitdist.rundir import RunDir
 
 SHOWN = 12  # runs with a colour in the charts, the best ones; the others are grey
+GREY = 100  # of these so many, of so many points: a page of 1,000 runs stays under 3 MB
 RESAMPLES = 1000
 NOISE = 0.05
 MANY = 12  # finished runs from which on a setting's effect may be told from chance
@@ -62,9 +63,11 @@ class Entry:
     """Digest of the training set."""
     val: str
     batch: int
-    best: tuple[int, float] | None
-    """Step and value of the best evaluation on the way."""
     curves: dict[str, Points]
+
+    def best(self, metric: str) -> tuple[int, float] | None:
+        """Step and value of the best evaluation on the way."""
+        return selection.best(self.curves[f"val/{metric}"], metric)
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,9 @@ class Comparison:
 
 def read_all(runs: Sequence[RunDir]) -> Comparison:
     """Everything that is compared; one run's rows are in memory at a time."""
-    chosen = Counter(_settings_of(run).get("evaluation.best", "top1") for run in runs)
+    entries = [_entry(read(run), name) for run, name in zip(runs, _names(runs), strict=True)]
+    chosen = Counter(entry.settings["evaluation.best"] for entry in entries)
     metric = chosen.most_common(1)[0][0]
-    entries = [_entry(read(run), name, metric) for run, name in zip(runs, _names(runs), strict=True)]
     sign = 1 if selection.higher_is_better(metric) else -1
     valued = [entry for entry in entries if entry.metrics.get(metric) is not None]
     entries = sorted(valued, key=lambda entry: -sign * entry.metrics[metric]) + [e for e in entries if e not in valued]
@@ -109,7 +112,7 @@ def read_all(runs: Sequence[RunDir]) -> Comparison:
         if len({getattr(entry, kind) for entry in entries}) == 1:
             names.remove(f"data.{kind}")
     varied = [name for name in names if len({_key(entry.settings.get(name)) for entry in entries}) > 1]
-    warnings = _warnings(entries, metric)
+    warnings = _warnings(entries)
     if len(chosen) > 1:
         warnings.append(f"The runs choose their best by {', '.join(sorted(chosen))}; here it is {metric}.")
     found = Comparison(entries, metric, varied, {}, warnings)
@@ -127,10 +130,6 @@ def _names(runs: Sequence[RunDir]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _settings_of(run: RunDir) -> Record:
-    return _flat(config.read_yaml(run.config))
-
-
 def _flat(settings: Record) -> Record:
     found = {}
     for name, _, default, _ in config.flat(Config):
@@ -145,9 +144,9 @@ def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _entry(facts: Facts, name: str, metric: str) -> Entry:
+def _entry(facts: Facts, name: str) -> Entry:
     record, data = facts.record, facts.about("data")
-    keys = (f"val/{metric}", "val/loss", "train/loss", "perf/images_per_s")
+    keys = (*(f"val/{metric}" for metric in results.METRICS), "train/loss", "perf/images_per_s")
     word, sentence = verdict(facts)
     return Entry(
         run=facts.run,
@@ -168,12 +167,11 @@ def _entry(facts: Facts, name: str, metric: str) -> Entry:
         train=(data.get("train") or {}).get("digest", ""),
         val=(data.get("val") or {}).get("digest", ""),
         batch=facts.about("batch").get("global_batch", 0),
-        best=selection.best(facts.series(f"val/{metric}"), metric),
         curves={key: charts.thin(*facts.history.series(key), charts.POINTS) for key in keys},
     )
 
 
-def _warnings(entries: Sequence[Entry], metric: str) -> list[str]:
+def _warnings(entries: Sequence[Entry]) -> list[str]:
     told = []
     for what, differ, so in (
         ("val", "Measured on different validation sets", "these figures cannot be compared"),
@@ -323,11 +321,12 @@ def together(found: Comparison) -> list[Chart]:
     made = []
     for name, title, about, key, more in kinds if metric != "loss" else kinds[1:]:
         shown = [entry for entry in found.entries[:SHOWN] if len(entry.curves[key]) > 1]
-        others = [entry for entry in found.entries[SHOWN:] if len(entry.curves[key]) > 1]
-        curves = {
-            entry.name: entry.curves[key] if steps else [(s * entry.batch, v) for s, v in entry.curves[key]]
-            for entry in [*others[::-1], *shown[::-1]]  # the best lies on top
-        }
+        others = [entry for entry in found.entries[SHOWN : SHOWN + GREY] if len(entry.curves[key]) > 1]
+        curves = {}
+        for entry in [*others[::-1], *shown[::-1]]:  # the best lies on top
+            at, of = (np.array(part) for part in zip(*entry.curves[key], strict=True))
+            points = charts.thin(at, of, charts.POINTS if entry in shown else GREY)
+            curves[entry.name] = points if steps else [(s * entry.batch, v) for s, v in points]
         numbers = {entry.name: i for i, entry in enumerate(found.entries)}
         if curves:
             made.append(
@@ -349,14 +348,16 @@ def table(found: Comparison) -> tuple[list[str], list[list[str]]]:
     more = [m for m in ("top1", "macro_f1", "loss") if m != metric]
     more = [m for m in more if any(entry.metrics.get(m) is not None for entry in found.entries)]
     varied = found.varied if len(found.varied) <= BESIDE else []
-    unit = next((entry.cost[1] for entry in found.entries if entry.seconds), "cost")
+    units = {entry.cost[1] for entry in found.entries if entry.seconds}
+    unit = units.pop() if len(units) == 1 else "cost"
     columns = ["run", "state", _short(metric), "interval", "against the best", *varied, *map(_short, more)]
     columns += ["best on the way", "steps", "time", unit, "images/s"]
     rows = []
     for entry in found.entries:
         value = entry.metrics.get(metric)
         steps = f"{entry.step:,}" + (f" of {entry.total:,}" if entry.total and entry.total != entry.step else "")
-        way = f"{results.figure(metric, entry.best[1])} at {entry.best[0]:,}" if entry.best else ""
+        best = entry.best(metric)
+        way = f"{results.figure(metric, best[1])} at {best[0]:,}" if best else ""
         rows.append(
             [
                 entry.name,
@@ -369,7 +370,7 @@ def table(found: Comparison) -> tuple[list[str], list[list[str]]]:
                 way,
                 steps,
                 duration(entry.seconds) if entry.seconds else "",
-                entry.cost[0] if entry.seconds else "",
+                (entry.cost[0] if unit != "cost" else " ".join(entry.cost)) if entry.seconds else "",
                 figure(entry.fast) if entry.fast else "",
             ]
         )

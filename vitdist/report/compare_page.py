@@ -93,7 +93,7 @@ def settings(found: Comparison) -> Markup:
         return Markup()
     shown = found.entries[:LISTED]
     rows = [(name, *(figure(entry.settings.get(name)) for entry in shown)) for name in found.varied]
-    made = table(("setting", *(entry.name for entry in shown)), rows, "Settings that differ", "differ")
+    made = table(("setting", *(entry.name for entry in shown)), rows, "A row for each of them", "differ")
     return section("Settings that differ", wrap('<div class="wide" tabindex="0">{}</div>', made))
 
 
@@ -106,7 +106,8 @@ def curves(found: Comparison) -> Markup:
         html("<li>{}{}</li>", swatch(number), entry.name) for number, entry in enumerate(found.entries[: compare.SHOWN])
     ]
     if grey := len(found.entries) - len(names):
-        names.append(html("<li>{}{} others</li>", swatch(compare.SHOWN), grey))
+        some = f"{compare.GREY} of {grey:,} others" if grey > compare.GREY else f"{grey} others"
+        names.append(html("<li>{}{}</li>", swatch(compare.SHOWN), some))
     return section(
         "Curves",
         wrap("<noscript>{}</noscript>", note("The charts need JavaScript; their numbers are in metrics.jsonl.")),
