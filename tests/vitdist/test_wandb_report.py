@@ -210,6 +210,28 @@ def test_two_runs_are_no_sweep(tmp_path: Path) -> None:
     assert not shown & {"Parallel Coordinates Plot", "Parameter Importance"}
 
 
+def test_runs_of_two_projects_share_each_panel(tmp_path: Path) -> None:
+    runs = several(tmp_path)[:2]
+    settings = config.read_yaml(runs[0].config)
+    settings["tracking"] |= {"project": "other", "entity": "lab"}
+    runs[0].config.write_text(yaml.safe_dump(settings))
+    for grid in wandb_report.build(compare.read_all(runs), "me").blocks:
+        if isinstance(grid, wr.PanelGrid):
+            kept = {(one.entity, one.project, one.filters) for one in grid.runsets}
+            assert kept == {
+                ("lab", "other", "Metric('ID') in ['00000000']"),
+                ("me", "vitdist", "Metric('ID') in ['00000001']"),
+            }
+
+
+def test_a_sweep_keeps_its_report_while_points_begin(tmp_path: Path) -> None:
+    runs = several(tmp_path)
+    (tmp_path / "lr").mkdir()
+    (tmp_path / "lr" / "sweep.yaml").touch()
+    places = {wandb_report.place(runs[:begun], tmp_path / "lr") for begun in (1, 2, 3)}
+    assert places == {tmp_path / "lr" / "wandb-report.json"}
+
+
 # ---- saved at W&B ----------------------------------------------------------------------------------
 
 

@@ -98,7 +98,8 @@ def place(runs: Sequence[RunDir], home: Path) -> Path:
     """Where the JSON lies: in the run or the sweep; of other runs in their common folder, under a name for them."""
     if len(runs) == 1 or (home / folders.SWEEP).exists():
         return home / "wandb-report.json"
-    digest = hashlib.sha256("\n".join(sorted(run.name for run in runs)).encode()).hexdigest()
+    names = sorted(compare.relative(run.path, home) for run in runs)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return home / f"wandb-report-{digest[:8]}.json"
 
 
