@@ -8,7 +8,7 @@ import torch
 
 from tests import ranks, watch_workers
 from vitdist import metrics
-from vitdist.metrics import Lags, Meter, Own, lag
+from vitdist.metrics import Lags, Meter, Own, lag, quantiles
 
 CPU = torch.device("cpu")
 
@@ -44,6 +44,58 @@ def test_own_times_are_means_of_a_step_since_the_last_row(clock: Clock) -> None:
         assert meter.own() == meter.own() == Own(0.5 * row, 0.125 * row)
         assert meter.row(0)["perf/step_s"] == pytest.approx(3 + 0.5 * row)
     assert meter.own() == Own(0.0, 0.0)
+
+
+def test_what_is_no_training_is_in_no_figure_but_the_time_left(clock: Clock) -> None:
+    meter = Meter(8, 1e9, 2, CPU)
+    clock.now += 60  # checkpoint, DeepSpeed, W&B
+    meter.begin()
+    clock.now += 30  # the first update waits for the loaders
+    meter.waited(25)
+    meter.step()
+    meter.begin()
+    for seconds in (1.0, 1.0, 4.0):
+        clock.now += seconds
+        meter.waited(0.3)
+        meter.step()
+        with meter.paused():
+            clock.now += 10  # an evaluation, a save
+    figures = meter.row(100)
+    assert figures == pytest.approx(
+        {
+            "perf/images_per_s": 4.0,
+            "perf/step_s": 2.0,
+            "perf/step_p50_s": 1.0,
+            "perf/step_p95_s": 4.0,
+            "perf/step_max_s": 4.0,
+            "perf/data_wait_pct": 15.0,
+            "perf/eta_s": 100 * (2.0 + 10.0),
+        }
+    )
+    assert (meter.busy_s, meter.images_per_s) == (6.0, 4.0)
+    clock.now += 3.0
+    meter.step()
+    figures = meter.row(0)
+    assert (figures["perf/step_s"], figures["perf/step_max_s"], figures["perf/eta_s"]) == (3.0, 3.0, 0.0)
+    assert meter.images_per_s == 32 / 9
+
+
+def test_a_row_of_the_first_update_alone_has_figures(clock: Clock) -> None:
+    meter = Meter(8, 1e9, 2, CPU)
+    meter.begin()
+    clock.now += 2.0
+    meter.step()
+    figures = meter.row(9)
+    assert (figures["perf/images_per_s"], figures["perf/step_p50_s"], figures["perf/eta_s"]) == (4.0, 2.0, 18.0)
+
+
+def test_percentiles_are_times_of_steps() -> None:
+    assert quantiles([float(i) for i in range(100, 0, -1)]) == {
+        "perf/step_p50_s": 50.0,
+        "perf/step_p95_s": 95.0,
+        "perf/step_max_s": 100.0,
+    }
+    assert set(quantiles([2.0]).values()) == {2.0}
 
 
 class Event:
