@@ -58,7 +58,7 @@ class Chart:
     context: int = 0
     """So many curves, the first ones, are grey and under the others: only there to be seen beside them."""
     numbers: dict[str, int] = field(default_factory=dict)
-    """Which colour and dashes a curve has; of one that is not in it, those of its place."""
+    """Which colour and dashes each curve has, of runs beside each other; empty: those of its place."""
     legend: bool = True
     """Whether the page needs one."""
 
@@ -214,9 +214,14 @@ def config(colour: Callable[[str], str]) -> Specification:
 
 
 def columns(chart: Chart) -> dict[str, tuple[list[int], list[float]]]:
-    """The points of each curve as (steps, values), the values to four digits."""
+    """The points of each curve as (steps, values), the values to four digits, in the order in which they are drawn.
+
+    Of numbered ones the first is drawn last: the best run lies on top.
+    """
+    names = list(chart.curves)
+    order = [*names[: chart.context], *names[chart.context :][::-1]] if chart.numbers else names
     return {
-        name: ([s for s, _ in points], [float(f"{v:.4g}") for _, v in points]) for name, points in chart.curves.items()
+        name: ([s for s, _ in chart.curves[name]], [float(f"{v:.4g}") for _, v in chart.curves[name]]) for name in order
     }
 
 
@@ -378,8 +383,8 @@ def _legend(chart: Chart, still: bool) -> Specification | None:
     legend: Specification = {"title": None, "orient": "top", "symbolType": "stroke"}
     if chart.fan and len(names) > NAMED:
         legend["values"] = [names[i * (len(names) - 1) // (NAMED - 1)] for i in range(NAMED)]
-    elif chart.numbers:
-        legend["values"] = sorted(names[chart.context :], key=chart.numbers.__getitem__)
+    elif chart.context:
+        legend["values"] = names[chart.context :]
     return legend | {"columns": 4, "labelLimit": 110} if still else legend
 
 

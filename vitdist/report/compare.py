@@ -190,7 +190,8 @@ def _warnings(entries: Sequence[Entry]) -> list[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    named = [*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else list(names)
+    return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
 
 
 # ---- can the best be told from the others? -------------------------------------------------------
@@ -323,15 +324,13 @@ def together(found: Comparison) -> list[Chart]:
         shown = [entry for entry in found.entries[:SHOWN] if len(entry.curves[key]) > 1]
         others = [entry for entry in found.entries[SHOWN : SHOWN + GREY] if len(entry.curves[key]) > 1]
         curves = {}
-        for entry in [*others[::-1], *shown[::-1]]:  # the best lies on top
+        for entry in [*others[::-1], *shown]:
             at, of = (np.array(part) for part in zip(*entry.curves[key], strict=True))
             points = charts.thin(at, of, charts.POINTS if entry in shown else GREY)
             curves[entry.name] = points if steps else [(s * entry.batch, v) for s, v in points]
         numbers = {entry.name: i for i, entry in enumerate(found.entries)}
         if curves:
-            made.append(
-                Chart(name, title, about, curves, x=x, context=len(others), numbers=numbers, legend=False, **more)
-            )
+            made.append(Chart(name, title, about, curves, x=x, context=len(others), numbers=numbers, **more))
     return made
 
 

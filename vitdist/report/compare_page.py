@@ -1,6 +1,5 @@
 """The comparison of several runs as one page, of the same make as that of a run."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from vitdist import results
 from vitdist.report import charts, compare, sweep
 from vitdist.report.compare import Comparison, Entry
 from vitdist.report.markup import bar, command, folded, html, join, listing, note, pair, section, table, wrap
-from vitdist.report.page import document, drawn
+from vitdist.report.page import MOST_BUTTONS, document, drawn, figure_of
 from vitdist.report.words import DONE, figure, moment, percent
 
 LISTED = 30  # runs in the table before the rest is folded away
@@ -102,16 +101,17 @@ def curves(found: Comparison) -> Markup:
     figures = [drawn(chart) for chart in made]
     if not figures:
         return Markup()
-    names = [
-        html("<li>{}{}</li>", swatch(number), entry.name) for number, entry in enumerate(found.entries[: compare.SHOWN])
-    ]
-    if grey := len(found.entries) - len(names):
+    names = []
+    if len(found.entries) > MOST_BUTTONS:  # of fewer, each chart names them
+        shown = enumerate(found.entries[: compare.SHOWN])
+        names = [html("<li>{}{}</li>", swatch(number), entry.name) for number, entry in shown]
+    if (grey := len(found.entries) - compare.SHOWN) > 0:
         some = f"{compare.GREY} of {grey:,} others" if grey > compare.GREY else f"{grey} others"
         names.append(html("<li>{}{}</li>", swatch(compare.SHOWN), some))
     return section(
         "Curves",
         wrap("<noscript>{}</noscript>", note("The charts need JavaScript; their numbers are in metrics.jsonl.")),
-        wrap('<ul class="legend">{}</ul>', *names),
+        wrap('<ul class="strokes">{}</ul>', *names),
         pair(*figures[:2]),
         pair(*figures[2:]),
         note("Point at a curve for its numbers; zoom with Ctrl and the wheel, back with a double click."),
@@ -124,12 +124,10 @@ def mattered(found: Comparison) -> Markup:
     if not swept:
         return Markup()
     specification = sweep.parallel(swept.names, swept.axes, swept.told)
-    data = json.dumps({"columns": {}, "specification": specification}, separators=(",", ":"), allow_nan=False)
-    lines = html(
-        '<figure><figcaption><h3>Every run through its settings</h3><p>{}</p></figcaption><div class="chart"></div>'
-        '<script type="application/json">{}</script></figure>',
+    lines = figure_of(
+        "Every run through its settings",
         "The stronger, the better; the best has the other colour.",
-        Markup(data.replace("<", "\\u003c")),
+        {"columns": {}, "specification": specification},
     )
     rows = [
         (

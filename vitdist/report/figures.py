@@ -42,7 +42,7 @@ def of_run(facts: Facts) -> dict[str, Specification]:
     if facts.evaluation:
         drawings |= {"confusion": confusion(facts.evaluation), "classes": classes(facts.evaluation)}
     if facts.evaluation.get("calibration"):
-        drawings["calibration"] = calibration(facts.evaluation)
+        drawings["calibration"] = framed(charts.calibration(facts.evaluation["calibration"], light), 300, 300)
     return drawings
 
 
@@ -154,25 +154,3 @@ def classes(evaluation: dict[str, Any]) -> Specification:
         },
     ]
     return framed({"data": {"values": values}, "layer": layer}, WIDTH, 15 * max(4, len(values)))
-
-
-def calibration(evaluation: dict[str, Any]) -> Specification:
-    """How often the model is right, by how sure it is: on the line it would be as often right as it says."""
-    scale = {"domain": [0, 1]}
-    x = {"field": "confidence", "type": "quantitative", "scale": scale, "title": "Confidence", "axis": {"format": "~%"}}
-    y = {"field": "accuracy", "type": "quantitative", "scale": scale, "title": "Accuracy", "axis": {"format": "~%"}}
-    legend = {"title": "samples", "tickCount": 3}
-    size = {"field": "count", "type": "quantitative", "scale": {"range": [12, 400]}, "legend": legend}
-    layer = [
-        {
-            "data": {"values": [{"confidence": 0, "accuracy": 0}, {"confidence": 1, "accuracy": 1}]},
-            "mark": {"type": "line", "strokeDash": [3, 4], "color": light("muted")},
-            "encoding": {"x": x, "y": y},
-        },
-        {"mark": {"type": "line", "color": light("c1"), "opacity": 0.5}, "encoding": {"x": x, "y": y}},
-        {
-            "mark": {"type": "point", "filled": True, "color": light("c1"), "opacity": 0.9},
-            "encoding": {"x": x, "y": y, "size": size},
-        },
-    ]
-    return framed({"data": {"values": evaluation["calibration"]}, "layer": layer}, 300, 300)
