@@ -125,7 +125,7 @@ def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None)
         host, at = fault.host and f" on {fault.host}", fault.where and f" at {fault.where}"
         what = f"rank {fault.rank}{host}, step {fault.step:,}, {fault.phase}{at}"
         why = f"{fault.word.replace('_', ' ')} ({what}): {fault.type}: {fault.message}"
-    hosts = job.get("hosts") or []
+    hosts = list(dict.fromkeys(job.get("hosts") or ()))  # simulated nodes share one
     nodes = ", ".join(hosts[:8]) + (" ..." if hosts[8:] else "")
     began, ended = (record.get(key) or job.get(key) for key in ("started", "ended"))
     seen = max(fault.time, seen or 0.0) if fault else seen

@@ -626,7 +626,7 @@ def commands(facts: Facts) -> Markup:
         else Markup(),
         command("Resume", resume) if facts.record["state"] != "done" else Markup(),
         command("Reproduce", *again),
-        command("Upload to Weights & Biases", f"wandb sync {at}/wandb/offline-run-*")
+        command("Upload to Weights & Biases", f"vitdist sync {at}")
         if any(run.wandb.glob("offline-run-*"))
         else Markup(),
     )
