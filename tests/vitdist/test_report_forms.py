@@ -496,16 +496,29 @@ def test_a_requeued_run_goes_on(tmp_path: Path, record: str, job: str | None, go
         (["RUN", "--watch", "--markdown"], "--watch:"),
         (["RUN", "--figures", "--out", "x"], "--out:"),
         (["RUN", "RUN", "--each", "--out", "x"], "--each:"),
+        (["NEW", "--figures"], "nothing to draw"),
     ],
 )
 def test_what_cannot_be_made_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
 ) -> None:
     run = make_run(tmp_path, ["cat", "dog"])
-    assert cli.main(["report", *(str(run.path) if part == "RUN" else part for part in argv)]) == 2
+    new = RunDir(tmp_path / "new")
+    rundir.publish(new.config, run.config.read_text(encoding="utf-8"))
+    places = {"RUN": str(run.path), "NEW": str(new.path)}
+    assert cli.main(["report", *(places.get(part, part) for part in argv)]) == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_runs_that_have_not_begun_have_reports(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ["cat", "dog"])
+    new = [RunDir(tmp_path / name) for name in ("x", "y")]
+    for one in new:
+        rundir.publish(one.config, run.config.read_text(encoding="utf-8"))
+    assert "Nothing has been trained yet." in forms.text(new[:1], tmp_path, None).read_text(encoding="utf-8")
+    assert forms.page(new, tmp_path, None)[1:] == (True, "2 runs (2 submitted); none has been evaluated yet.")
 
 
 def test_the_command_takes_runs_behind_its_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

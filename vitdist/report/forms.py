@@ -56,9 +56,11 @@ def text(runs: Sequence[RunDir], home: Path, out: Path | None, drawn: Sequence[P
 
 
 def drawings(runs: Sequence[RunDir], home: Path, folder: Path | None) -> list[Path]:
-    """Every figure as files."""
+    """Every figure as files. Raises ValueError where there is nothing to draw."""
     several = len(runs) > 1
     made = figures.of_runs(compare.read_all(runs)) if several else figures.of_run(read(runs[0]))
+    if not made:
+        raise ValueError(f"{home if several else runs[0].path}: there is nothing to draw before the second row")
     return figures.write(made, folder or _figures(runs, home))
 
 
