@@ -7,7 +7,7 @@ What is usual is told by the median of the last steps and the median distance fr
 (Leys et al. 2013, J. Exp. Soc. Psychol. 49:764). That alone would cry wolf: late in a training most batches have hardly
 a loss, and one wrong label in a batch of 16 stands 20 deviations out. So what is looked at is the median of each five
 steps, which one or two odd batches cannot lift, and it must also lie farther out than any single batch did lately, and
-rise by `LEAST`. In 11,900 steps of eight trainings on real pictures and 180,000 steps of made noise nothing was told; of
+rise by `LEAST`. In 10,900 steps of eight trainings on real pictures, and in 180,000 of made noise, nothing was told; of
 rises to twice the loss, put into those trainings, 69 % were (2026-11-28).
 """
 

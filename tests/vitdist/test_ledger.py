@@ -83,8 +83,8 @@ def test_a_start_is_read_from_its_record_its_rows_and_its_faults(tmp_path: Path)
     written(run, 2, [], step=0)  # killed before it trained
     written(run, 3, [(40, 30)], resumed_from=30, step=30, **told)
     fault = faults.Fault(
-        rank=1, host="n1", step=44, phase="training", word="killed", cascade=False, type="Killed", message="x", where="",
-        time=BEGAN + 45,
+        rank=1, host="n1", step=44, phase="training", word="killed", cascade=False, type="Killed", message="x",
+        where="", time=BEGAN + 45,
     )  # fmt: skip
     faults.note(run.attempt(3), fault)
     reached = history.read(run).reached
