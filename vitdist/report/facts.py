@@ -6,7 +6,7 @@ It is read without torch, at any moment of a run; what is missing is left empty.
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class Facts:
     starts: list[Start]
     history: History
     evaluation: Record
+    sets: dict[str, Index | Exception] = field(default_factory=dict)
+    """What `shards` found, once: a server that does not answer is waited for."""
 
     def about(self, name: str) -> Record:
         """A part of the trainer's record, {} where it is missing."""
@@ -195,8 +197,16 @@ def confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
 
 def shards(facts: Facts, kind: str) -> Index:
     """The "train" or "val" set; several as one. Raises OSError, ValueError and KeyError where it is out of reach."""
-    given = facts.settings["data"][kind]
-    return index.join([Index.open(folder) for folder in ([given] if isinstance(given, str) else given)])
+    if kind not in facts.sets:
+        try:
+            given = facts.settings["data"][kind]
+            facts.sets[kind] = index.join([Index.open(one) for one in ([given] if isinstance(given, str) else given)])
+        except (OSError, ValueError, KeyError) as error:
+            facts.sets[kind] = error
+    found = facts.sets[kind]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def class_counts(facts: Facts, kind: str) -> dict[str, int]:
@@ -245,11 +255,11 @@ def recipe(facts: Facts) -> Recipe | None:
     argv = [str(part) for part in facts.env.get("argv") or ()]
     given = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
     file = facts.run.code / "configs" / Path(given).name
-    if not given or not file.is_file():
+    if not given or not facts.settings or not file.is_file():
         return None
     try:
         base = config.to_plain(config.load(file))
-    except config.SettingsError:
+    except ValueError:
         return None  # of another version
     head = " ".join(line.lstrip("# ") for line in file.read_text(encoding="utf-8").split("\n\ndata:")[0].splitlines())
     said = re.search(r"Expected: (.+?\.)(?: [A-Z]|$)", head)

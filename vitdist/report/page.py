@@ -22,7 +22,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from vitdist import rundir
+from vitdist import gallery, rundir
 from vitdist.report import charts
 from vitdist.report.charts import Chart
 from vitdist.report.facts import (
@@ -476,16 +476,13 @@ def calibration(facts: Facts) -> Markup:
 
 def mistakes(facts: Facts) -> Markup:
     """The most confident mistakes as pictures out of the validation shards."""
-    if not facts.evaluation or not facts.run.predictions.exists():
+    found = gallery.predictions(facts.run)
+    if not facts.evaluation or found is None:
         return Markup()
-    with np.load(facts.run.predictions) as kept:
-        ids, labels, predicted, sure = (kept[name] for name in ("ids", "labels", "predicted", "confidence"))
-    wrong, names = np.flatnonzero(labels != predicted), facts.evaluation["classes"]
-    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:LISTED]
-    text = f"{len(wrong):,} of {len(labels):,} validation samples are classified wrong"
+    wrong, count = int((found.labels != found.predicted).sum()), len(found.labels)
+    text = f"{wrong:,} of {count:,} validation samples are classified wrong"
     try:
-        found = shards(facts, "val")
-        pictures = [(k, found.source(int(ids[k])), thumbnail(found.image(int(ids[k])))) for k in worst]
+        pictures = [(thumbnail(seen.stored), seen) for seen in gallery.mistakes(facts.run, LISTED)]
     except UNREADABLE as error:
         return section("Worst mistakes", note(f"{text}; their pictures cannot be read here: {error}"))
     items = [
@@ -493,13 +490,13 @@ def mistakes(facts: Facts) -> Markup:
             '<li><img src="{0}" title="{1}" alt="Validation sample {2}: is {3}, was taken for {4}">'
             "<p><b>{3}</b></p><p>taken ({5}) for <b>{4}</b></p></li>",
             picture,
-            source,
-            ids[k],
-            names[labels[k]],
-            names[predicted[k]],
-            percent(sure[k]),
+            seen.source,
+            seen.id,
+            seen.label,
+            seen.predicted,
+            percent(seen.confidence),
         )
-        for k, source, picture in pictures
+        for picture, seen in pictures
     ]
     text += "; below, those that the model was surest of: look for wrong labels first." if items else "."
     return section("Worst mistakes", note(text), wrap('<ul class="pictures">{}</ul>', *items))
