@@ -147,7 +147,8 @@ def mattered(found: Comparison) -> Markup:
         "results in a random order would be explained as well (p)."
     )
     few = " With so few runs only strong effects can be seen." if many < compare.MANY else ""
-    return section("What mattered", lines, table(columns, rows, text + few, "effects"))
+    made = wrap('<div class="wide" tabindex="0">{}</div>', table(columns, rows, "The strongest first", "effects"))
+    return section("What mattered", lines, note(text + few), made)
 
 
 def ends(found: Comparison) -> Markup:
