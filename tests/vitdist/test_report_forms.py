@@ -20,7 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
+from playwright.sync_api import expect, sync_playwright
 
+from tests.vitdist.test_browser import CHROMIUM, DRAWN
 from tests.vitdist.test_report import NAMES, Page, make_run
 from vitdist import cli, config, rundir
 from vitdist.report import charts, compare, compare_page, facts, figures, folders, forms, markdown, sweep, words
@@ -359,6 +361,35 @@ def test_the_comparison_is_a_page_of_its_own(tmp_path: Path) -> None:
     assert not re.search(r'(?:src|href)="(?:https?:)?//', text)
     coloured = set(re.findall(r"var\(--(c\d)\)", text))
     assert all(f"--{name}:" in page.style for name in coloured)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is on PATH: apt-get install chromium")
+def test_the_comparison_in_a_browser(tmp_path: Path) -> None:
+    """It asks nobody, has no fault, is nowhere wider than a phone or a sheet, and a curve can be hidden."""
+    runs = several(tmp_path, *({"top1": 0.9 - i / 100, "optim.lr": 1e-3 * (i % 3 + 1)} for i in range(6)))
+    runs[0] = RunDir(runs[0].path.rename(runs[0].path.with_name("a-long-name-" * 8 + "<b>")))
+    address = forms.page(runs, tmp_path / "runs", None).path.as_uri()
+    asked, faults = list[str](), list[str]()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: faults.append(message.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(address)
+        page.wait_for_function(DRAWN)
+        for width, media in ((320, "screen"), (1280, "screen"), (1040, "print")):
+            page.set_viewport_size({"width": width, "height": 800})
+            page.emulate_media(media="print" if media == "print" else "screen")
+            sizes = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+            assert sizes[0] <= sizes[1], (width, media)
+        page.emulate_media(media="screen")
+        lines = page.locator(".chart").first.locator("path[aria-roledescription='line mark']")
+        expect(lines).to_have_count(6)
+        page.locator(".legend button").first.press("Enter")
+        expect(lines).to_have_count(5)
+        browser.close()
+    assert (asked, faults) == ([address], [])
 
 
 # ---- a sweep -----------------------------------------------------------------------------------
