@@ -164,7 +164,7 @@ def _by_lines(lines: Iterable[bytes]) -> tuple[dict[str, Column], np.ndarray]:
         row = None
         with contextlib.suppress(ValueError):  # half a line, or half a letter
             row = json.loads(line.decode())
-        if isinstance(row, dict) and isinstance(row.get(STEP), int) and isinstance(row.get(ATTEMPT), int):
+        if isinstance(row, dict) and all(_counts(row.get(key)) for key in (STEP, ATTEMPT)):
             for key, value in row.items():
                 rows, values = found.setdefault(key, ([], []))
                 rows.append(len(evaluated))
@@ -172,6 +172,10 @@ def _by_lines(lines: Iterable[bytes]) -> tuple[dict[str, Column], np.ndarray]:
             evaluated.append(EVALUATION in row)
     columns = {key: (np.array(rows, np.int64), np.array(values)) for key, (rows, values) in found.items()}
     return columns, np.array(evaluated, bool)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 1 << 53  # larger ones are damage, and no float holds them
 
 
 def _number(value: Any) -> float:

@@ -21,6 +21,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 DRAWN = "[...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('svg'))"
 
+expect.set_options(timeout=30_000)  # of a machine that does much else
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is on PATH: apt-get install chromium")
 
 

@@ -291,7 +291,9 @@ def curves(facts: Facts) -> Markup:
     """Losses and validation quality over the run."""
     figures = pair(drawn(charts.losses(facts)), drawn(charts.quality(facts)))
     instead = "The charts need JavaScript; their numbers are in metrics.jsonl."
-    hint = "Point at a curve for its numbers; zoom with Ctrl and the wheel, back with a double click."
+    hint = (
+        "Point at a curve for its numbers; its name hides it; zoom with Ctrl and the wheel, back with a double click."
+    )
     bare = wrap("<noscript>{}</noscript>", note(instead))
     return section("Learning curves", *([bare, figures, note(hint)] if figures else []))
 
