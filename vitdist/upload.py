@@ -33,17 +33,19 @@ from urllib.parse import urlparse
 from vitdist import rundir
 from vitdist.rundir import RunDir
 
+
+def _bounds(what: str, times: int, wait_s: float, most_s: float, answer_s: float) -> dict[str, float]:
+    values = {"retry_max": times, "retry_wait_min_seconds": wait_s, "retry_wait_max_seconds": most_s}
+    return {f"x_{what}_{name}": value for name, value in (values | {"timeout_seconds": answer_s}).items()}
+
+
+ANSWER_S = 20.0
 BOUNDS = {
-    f"x_{what}_{name}": value
-    for what, seconds in (("graphql", 20.0), ("file_stream", 60.0), ("file_transfer", 300.0))
-    for name, value in (
-        ("retry_max", 2),
-        ("retry_wait_min_seconds", 1.0),
-        ("retry_wait_max_seconds", 5.0),
-        ("timeout_seconds", seconds),
-    )
+    **_bounds("graphql", times=2, wait_s=0.5, most_s=5.0, answer_s=ANSWER_S),
+    **_bounds("file_stream", times=5, wait_s=1.0, most_s=10.0, answer_s=60.0),
+    **_bounds("file_transfer", times=5, wait_s=1.0, most_s=10.0, answer_s=300.0),
 }
-"""Of one request, so that a sync ends. W&B's own: 7 days for rows."""
+"""Of one request and its repetitions, so that a sync ends. W&B's own for rows: 7 days."""
 ANSWERED = "vitdist_rows"
 """In a part's .syncstate: rows that the server has answered for, whatever it says of the run's end a minute later."""
 STREAMS = {"stats", "output", "output_raw", "alert", "preempting"}
@@ -286,11 +288,11 @@ def _end(part: Part) -> int:
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            api = wandb.Api(timeout=int(BOUNDS["x_graphql_timeout_seconds"]))
+            api = wandb.Api(timeout=int(ANSWER_S))
             known = api.run(part.project)
-    except ValueError:  # wandb's word for a run that is not there
-        return 0
     except Exception as error:
+        if "Could not find run" in str(error):
+            return 0
         raise _failure(str(error)) from None
     return min(known.lastHistoryStep + 1, known.historyLineCount)
 
@@ -321,7 +323,7 @@ def _send(desk: Path, part: Part, got: int, unfinished: bool, last: bool) -> str
     text = said.getvalue()
     wrong = [*re.findall(r"^wandb: ERROR (?:\[\S+\] )?(.*)", text, re.MULTILINE), *_logged(desk)]
     if wrong or "Finished syncing" not in text:
-        raise _failure("; ".join(dict.fromkeys(wrong)) or text)
+        raise _failure("; ".join(dict.fromkeys(wrong)) or "W&B's service died of it")
     shutil.rmtree(place)
     found = re.search(r"View run .*?at (\S+)$", text, re.MULTILINE)
     return found[1] if found else ""

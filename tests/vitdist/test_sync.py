@@ -192,6 +192,10 @@ def test_what_the_server_refuses_is_not_marked(server: fake_wandb.Server, writte
     assert error.startswith(f"error: {run.path}: 127.0.0.1:")
     assert "refuses the key or what is done with it (403): `wandb login`" in error
     assert not upload.uploaded(log(run))
+    server.refuses = {}
+    server.rows.clear()  # somebody took the run away there
+    assert done(run.path)[0] == 0
+    assert steps(server) == EXPECTED[:10]
 
 
 def test_without_a_server_one_run_is_tried(wandb_home: pytest.MonkeyPatch, written: Path, tmp_path: Path) -> None:
