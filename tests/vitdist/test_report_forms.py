@@ -267,6 +267,7 @@ def test_seeds_alone_are_averaged(tmp_path: Path) -> None:
         "They differ in their seed alone: accuracy (top-1) 81.0 %, standard deviation 1.0 % (n = 3)."
         in compare.head(found)
     )
+    assert compare.swept(found) is None
 
 
 def test_noise_is_told_from_a_difference(tmp_path: Path) -> None:

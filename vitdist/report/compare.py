@@ -7,6 +7,7 @@ A run that failed or goes on is there too, with its state.
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -105,8 +106,8 @@ def read_all(runs: Sequence[RunDir]) -> Comparison:
     chosen = Counter(entry.settings["evaluation.best"] for entry in entries)
     metric = chosen.most_common(1)[0][0]
     sign = 1 if selection.higher_is_better(metric) else -1
-    valued = [entry for entry in entries if entry.metrics.get(metric) is not None]
-    entries = sorted(valued, key=lambda entry: -sign * entry.metrics[metric]) + [e for e in entries if e not in valued]
+    # The sort is stable: those without a result stay in the order in which they were named.
+    entries.sort(key=lambda e: math.inf if e.metrics.get(metric) is None else -sign * e.metrics[metric])
     names = [name for name, _, _, _ in config.flat(Config) if not name.startswith(APART)]
     for kind in ("train", "val"):  # the same data under another path is no difference
         if len({getattr(entry, kind) for entry in entries}) == 1:
@@ -395,7 +396,8 @@ class Swept:
 def swept(found: Comparison) -> Swept | None:
     """None for too few finished runs, or for settings that do not differ among them."""
     done = [entry for entry in found.valued if entry.word == DONE]
-    values = {name: [entry.settings.get(name) for entry in done] for name in found.varied}
+    # Seeds repeat a run, they are nothing to choose.
+    values = {n: [entry.settings.get(n) for entry in done] for n in found.varied if n != "train.seed"}
     values = {name: of for name, of in values.items() if len({_key(value) for value in of}) > 1}
     if len(done) < sweep.FEWEST or not found.comparable:
         return None
