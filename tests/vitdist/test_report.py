@@ -474,6 +474,22 @@ def test_a_run_that_has_not_finished_tells_its_last_figures(tmp_path: Path, stat
     assert ("validation loss 1, gradient norm 1, images/s 100, top-1 100.0%." in seen) == (state != "done")
 
 
+def test_what_the_speed_is_lost_to_is_drawn_where_it_is_known(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert "Time of a step" not in made(run).seen()
+    more = {
+        "perf/step_p50_s": 0.1,
+        "perf/step_max_s": 0.3,
+        "perf/mfu_pct": 40.0,
+        "sys/cpu_pct": 90.0,
+        "sys/ram_pct": 9.0,
+    }
+    with open(run.metrics, "a") as file:
+        file.writelines(json.dumps({"attempt": 0, "train/global_step": s, **more}) + "\n" for s in (201, 202))
+    curves = {tuple(chart["columns"]) for chart in made(run).charts}
+    assert {("median", "longest"), ("MFU",), ("cores", "memory")} <= curves
+
+
 @pytest.mark.parametrize(("curves", "folded"), [(10, False), (11, True)])
 def test_every_curve_has_a_button(curves: int, folded: bool) -> None:
     names = [f"<{i}>" for i in range(curves)]

@@ -149,7 +149,24 @@ def waiting(facts: Facts) -> Chart | None:
     return of(facts, "data-wait", "Waiting for data", about, keys, zero=True, axis="Waiting for data (%)")
 
 
-CHARTS = (losses, quality, rates, gradient, loss_scale, skipped, throughput, waiting)
+def steps(facts: Facts) -> Chart | None:
+    about = "Seconds, of the steps between two rows."
+    keys = {"median": "perf/step_p50_s", "95 % below": "perf/step_p95_s", "longest": "perf/step_max_s"}
+    return of(facts, "step-time", "Time of a step", about, keys, zero=True, axis="Time of a step (s)")
+
+
+def utilisation(facts: Facts) -> Chart | None:
+    about, keys = "Percent of the FLOPs that the GPUs can do (MFU).", {"MFU": "perf/mfu_pct"}
+    return of(facts, "mfu", "Use of the GPUs", about, keys, zero=True, axis="MFU (%)")
+
+
+def machines(facts: Facts) -> Chart | None:
+    about = "Percent; cores and GPUs in the mean of all nodes, memory of the fullest one."
+    keys = {"cores": "sys/cpu_pct", "memory": "sys/ram_pct", "GPUs busy": "sys/gpu_pct"}
+    return of(facts, "machines", "Use of the nodes", about, keys, zero=True, axis="Use of the nodes (%)")
+
+
+CHARTS = (losses, quality, rates, gradient, loss_scale, skipped, throughput, waiting, steps, utilisation, machines)
 
 # ---- how they are drawn ------------------------------------------------------------------------
 

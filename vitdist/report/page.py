@@ -333,12 +333,13 @@ def speed(facts: Facts) -> Markup:
         "% of the FLOPs that the GPU can do": "perf/mfu_pct",
         "GiB of GPU memory": "perf/memory_gib",
     }
+    shown = (charts.throughput, charts.waiting, charts.steps, charts.utilisation, charts.machines)
     found = [(facts.middle(key), name) for name, key in names.items()]
     medians = ", ".join(f"{figure(value)} {name}" for value, name in found if value is not None)
     return section(
         "Speed",
         note(f"Medians over the run: {medians}." if medians else ""),
-        pair(drawn(charts.throughput(facts)), drawn(charts.waiting(facts))),
+        pair(*(drawn(chart(facts)) for chart in shown)),
     )
 
 
