@@ -261,7 +261,7 @@ def head(found: Comparison) -> list[str]:
     value = results.figure(found.metric, best.metrics[found.metric])
     between = results.between_words(found.metric, best.intervals.get(found.metric))
     value += f" (95 % interval {between})" if between != "-" else ""
-    names = " and ".join(entry.name for entry in winners)
+    names = _some([entry.name for entry in winners])
     told = [f"Of {many}, {names} {'is' if len(winners) == 1 else 'are'} best: {called} {value}."]
     others = [entry.name for entry in found.valued if entry not in winners]
     apart = [_apart(found, entry) for entry in found.valued if entry not in winners]

@@ -134,7 +134,10 @@ def mattered(found: Comparison) -> Markup:
             effect.name,
             bar(effect.share, percent(effect.share)),
             f"{effect.chance:.2g}",
-            ", ".join(f"{value}: {results.figure(found.metric, mean)}" for value, mean in effect.means)
+            ", ".join(
+                f"{value}: {results.figure(found.metric, mean)}" for value, mean in effect.means[: sweep.MOST_TICKS]
+            )
+            + (" ..." if len(effect.means) > sweep.MOST_TICKS else "")
             if effect.correlation is None
             else f"rank correlation {effect.correlation:+.2f}",
         )
@@ -160,5 +163,8 @@ def ends(found: Comparison) -> Markup:
 
 
 def again(found: Comparison) -> Markup:
+    """The command, of runs that can be named in one."""
+    if len(found.entries) > LISTED:
+        return Markup()
     places = (str(entry.run.path) for entry in found.entries)
     return section("Commands", command("Make this page again", shlex.join(["vitdist", "report", *places])))

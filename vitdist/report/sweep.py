@@ -56,9 +56,10 @@ def _effect(name: str, values: list[Any], results: np.ndarray) -> Effect | None:
     distinct = sorted(set(keys), key=lambda key: _order(values[keys.index(key)]))
     codes = np.array([distinct.index(key) for key in keys])
     labels, correlation = [figure(values[keys.index(key)]) for key in distinct], None
-    if 2 * len(distinct) <= len(values):
+    numbers = all(map(_numeric, values))
+    if 2 * len(distinct) <= len(values) and (len(distinct) <= MOST_TICKS or not numbers):
         shares = _explained(codes, results)
-    elif not all(map(_numeric, values)):
+    elif not numbers:
         return None
     elif len(values) >= THIRDS:  # a correlation would not see a best value in the middle
         codes = codes * 3 // len(distinct)
