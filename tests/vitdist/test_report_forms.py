@@ -158,11 +158,11 @@ def test_markdown_shows_the_figures_that_were_made(tmp_path: Path) -> None:
     for name in ("throughput.png", "loss.png", "loss.svg"):
         rundir.publish(run.path / "figures" / name, b"")
     assert (
-        "![loss](<figures/loss.png>)\n![throughput](<figures/throughput.png>)\n"
+        "![loss](figures/loss.png)\n![throughput](figures/throughput.png)\n"
         in forms.text([run], run.path, None).read_text()
     )
     elsewhere = forms.text([run], run.path, tmp_path / "a paper" / "run.md")
-    assert "![loss](<../runs/tiny/figures/loss.png>)" in elsewhere.read_text()
+    assert "![loss](../runs/tiny/figures/loss.png)" in elsewhere.read_text()
 
 
 def test_code_in_markdown_cannot_end_its_block() -> None:

@@ -6,6 +6,7 @@ vitdist report runs/NAME --markdown         # runs/NAME/report.md; made after --
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from vitdist import results
 from vitdist.report import compare
@@ -14,6 +15,7 @@ from vitdist.report.facts import Facts, differing
 from vitdist.report.words import DONE, cost, duration, figure, goodput, moment, percent, reproduction, verdict
 
 HARDEST = 20  # classes in the table
+MOST_RUNS = 50  # in the table of a comparison
 FIRST = ("loss", "quality", "classes", "confusion", "calibration")
 
 
@@ -31,7 +33,7 @@ def of_run(facts: Facts, made: float, pictures: Iterable[Path]) -> str:
         text(goodput(facts.starts)),
         titled("Settings that are not the default", table(("setting", "value", "default"), settings)),
         _classes(facts),
-        titled("Figures", shown(pictures)),
+        titled("Figures", images(pictures)),
         titled("Reproduce", block(reproduction(facts))),
         f"vitdist report, {moment(made)}",
     )
@@ -41,7 +43,8 @@ def of_runs(found: Comparison, made: float, pictures: Iterable[Path]) -> str:
     """The comparison of several runs."""
     columns, rows = compare.table(found)
     many = [] if len(found.varied) <= compare.BESIDE else found.varied
-    differ = [(f"`{name}`", *(text(figure(entry.settings.get(name))) for entry in found.entries)) for name in many]
+    beside = found.entries[:HARDEST]
+    differ = [(f"`{name}`", *(text(figure(entry.settings.get(name))) for entry in beside)) for name in many]
     swept = compare.swept(found)
     effects = [
         (f"`{effect.name}`", percent(effect.share), f"{effect.chance:.2g}")
@@ -51,10 +54,11 @@ def of_runs(found: Comparison, made: float, pictures: Iterable[Path]) -> str:
         f"# {len(found.entries)} runs",
         text(" ".join(compare.head(found))),
         "\n".join(f"- {text(warning)}" for warning in found.warnings),
-        table(list(map(text, columns)), [list(map(text, row)) for row in rows]),
-        titled("Settings that differ", table(("setting", *(text(entry.name) for entry in found.entries)), differ)),
+        table(list(map(text, columns)), [list(map(text, row)) for row in rows[:MOST_RUNS]]),
+        f"{len(rows) - MOST_RUNS:,} more runs are not shown." if len(rows) > MOST_RUNS else "",
+        titled("Settings that differ", table(("setting", *(text(entry.name) for entry in beside)), differ)),
         titled("What mattered", table(("setting", "share of the variance", "p"), effects)),
-        titled("Figures", shown(pictures)),
+        titled("Figures", images(pictures)),
         titled(
             "Not finished", "\n".join(f"- {text(e.name)}: {text(e.sentence)}" for e in found.entries if e.word != DONE)
         ),
@@ -131,9 +135,9 @@ def text(plain: str) -> str:
     return _SPECIAL.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), " ".join(plain.split()))
 
 
-def shown(pictures: Iterable[Path]) -> str:
+def images(pictures: Iterable[Path]) -> str:
     ordered = sorted(pictures, key=lambda p: (FIRST.index(p.stem) if p.stem in FIRST else len(FIRST), p.stem))
-    return "\n".join(f"![{p.stem.replace('-', ' ')}](<{p.as_posix()}>)" for p in ordered)
+    return "\n".join(f"![{p.stem.replace('-', ' ')}]({quote(p.as_posix())})" for p in ordered)
 
 
 def block(lines: Iterable[str]) -> str:
