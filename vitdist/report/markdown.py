@@ -12,6 +12,7 @@ from vitdist import results
 from vitdist.report import compare
 from vitdist.report.compare import Comparison
 from vitdist.report.facts import Facts, differing
+from vitdist.report.page import expectation
 from vitdist.report.words import DONE, cost, duration, figure, goodput, moment, percent, reproduction, verdict
 
 HARDEST = 20  # classes in the table
@@ -28,6 +29,7 @@ def of_run(facts: Facts, made: float, pictures: Iterable[Path]) -> str:
     return document(
         f"# {text(facts.run.name)}: {word}",
         text(sentence),
+        text(expectation(facts)),
         table(("figure", "value", "95 % interval"), _figures(facts)),
         table(("what", "which"), _known(facts)),
         text(goodput(facts.starts)),
