@@ -311,7 +311,7 @@ def _follow_a_run(commands: Commands) -> None:
     report.add_argument("--each", action="store_true", help="of several runs, each one's own instead of a comparison")
     report.add_argument("--wandb", action="store_true", help="as a W&B Report, saved where the runs are at W&B")
     report.add_argument("--dry-run", action="store_true", help="with --wandb: only write what would be sent, as JSON")
-    report.set_defaults(run=_report, interrupted="; the page stays as it is")
+    report.set_defaults(run=_report)
 
     sync = commands.add_parser(
         "sync", help="upload the offline W&B parts of runs, oldest first; safe to repeat, and while they train"

@@ -186,7 +186,7 @@ def test_folders_are_runs_sweeps_and_folders_of_runs(tmp_path: Path) -> None:
     assert folders.overrides(made[0]) == ["optim.lr=2e-3"]
     assert folders.overrides(made[1]) == []
     (tmp_path / "empty").mkdir()
-    for folder, says in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "empty", "no run folder")):
+    for folder, says in ((tmp_path / "nowhere", "none of this name"), (tmp_path / "empty", "no run folder")):
         with pytest.raises(ValueError, match=says):
             folders.find([folder])
     (home / "lr" / "sweep.yaml").write_text("points: [1]\n")
@@ -524,7 +524,7 @@ def test_a_requeued_run_goes_on(tmp_path: Path, record: str, job: str | None, go
     ("argv", "says"),
     [
         ([], "which run?"),
-        (["nowhere"], "no such folder"),
+        (["nowhere"], "none of this name"),
         (["RUN", "--watch", "--markdown"], "--watch:"),
         (["RUN", "--figures", "--out", "x"], "--out:"),
         (["RUN", "RUN", "--each", "--out", "x"], "--each:"),

@@ -30,7 +30,7 @@ def find(folders: list[Path]) -> tuple[list[RunDir], Path]:
 
 def _runs(folder: Path) -> list[RunDir]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder; run folders lie under runs/")
+        raise ValueError(f"{folder} is no run folder (there is none of this name); run folders lie under runs/")
     if RunDir(folder).config.exists():
         return [RunDir(folder)]
     if points := _points(folder):
