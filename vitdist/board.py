@@ -21,10 +21,12 @@ class Board:
         self._warn = warn
         self._writer = None
         try:
+            from tensorboard.compat.proto.summary_pb2 import Summary
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             warn("TensorBoard is not installed, so tracking.tensorboard writes nothing: pip install tensorboard")
             return
+        self._summary, self._value = Summary, Summary.Value
         with self._left_out_if_it_fails():
             self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=FLUSH_S)
 
@@ -32,8 +34,9 @@ class Board:
         """A row of figures."""
         if self._writer is not None:
             with self._left_out_if_it_fails():
-                for name, value in figures.items():
-                    self._writer.add_scalar(name, value, step)
+                # As one event: add_scalar makes one for each figure, and a row of 60 costs 3.5 ms instead of 1.1.
+                values = [self._value(tag=name, simple_value=value) for name, value in figures.items()]
+                self._writer.file_writer.add_summary(self._summary(value=values), step)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,3 +275,20 @@ def test_tensorboard_that_fails_is_told_once(tmp_path: Path, monkeypatch: pytest
     board.Board(tmp_path, 0, told.append).add(1, {"a": 1.0})
     assert "pip install tensorboard" in told[1]
     assert json.dumps(told)
+
+
+def test_of_rows_that_come_too_fast_w_and_b_gets_one_a_second_and_every_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(mirror, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(mirror, "AT_ONCE", 3)
+    given = mirror.Mirror(RunDir(tmp_path), logs_workers.settings(), {}, print, print)
+    for step in range(1, 51):
+        now[0] += 0.1
+        given.log({"train/global_step": step, "train/loss": 1.0})
+        if step == 25:
+            given.log({"train/global_step": step, "val/loss": 1.0})
+    given.finish(0)
+    steps = [item["train/global_step"] for item in given._items.queue if isinstance(item, dict)]
+    assert steps == [1, 2, 3, 12, 22, 25, 25, 42, 50]  # an evaluation with its row, and the last one, in any case
