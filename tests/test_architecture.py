@@ -176,7 +176,13 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.memory": {"vitdist.shapes"},
         "vitdist.cost": {"vitdist.memory", "vitdist.shapes"},
         "vitdist.plan": {f"vitdist.{room}" for room in ("cost", "memory", "model", "optim", "shapes")},
-        "vitdist.report.facts": {"vitdist.data", "vitdist.data.index", "vitdist.faults", "vitdist.history"},
+        "vitdist.report.facts": {
+            "vitdist.data",
+            "vitdist.data.index",
+            "vitdist.faults",
+            "vitdist.history",
+            "vitdist.ledger",
+        },
         "vitdist.report.page": {"vitdist.gallery"},  # pictures of the worst mistakes
         "vitdist.report.words": {"vitdist.data", "vitdist.data.storage"},  # hides the secrets of URLs
         "vitdist.report.markdown": {"vitdist.results"},

@@ -174,7 +174,8 @@ class Journal:
     def inputs(self, pictures: Sequence[dict[str, str]]) -> None:
         """Keep the first pictures of a run as the model got them, {"label", "jpeg": base64} of each."""
         if self._first:
-            self.publish(self._run.inputs, json.dumps(pictures, ensure_ascii=False))
+            record = {"schema": rundir.SCHEMA, "pictures": pictures}
+            self.publish(self._run.inputs, json.dumps(record, ensure_ascii=False))
             if self._wandb:
                 self._wandb.inputs(pictures)
 

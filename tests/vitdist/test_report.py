@@ -605,3 +605,18 @@ def test_events_of_all_starts_are_listed(tmp_path: Path, count: int) -> None:
     assert page.seen().count(row) == count
     assert f"Events: {count} x slow rank; 5 further ones are not kept" in page.seen()
     assert ("40 events" in page.seen()) == (count == 40)
+
+
+def test_the_first_inputs_are_shown_with_their_labels(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16), (10, 200, 30)).save(picture, "JPEG")
+    one = {"label": f"70% {NAMES[0]} + 30% b", "jpeg": base64.b64encode(picture.getvalue()).decode()}
+    rundir.publish_json(run.inputs, {"pictures": [one]})
+    page = made(run)
+    assert "As the model got them" in page.seen()
+    assert [
+        a for tag, a in page.tags if tag == "img" and (a["alt"] or "").startswith("Input of the model: 70% <script>")
+    ]
+    rundir.publish_json(run.inputs, {"pictures": [one | {"jpeg": "no picture"}]})
+    assert "inputs.json cannot be read" in made(run).seen()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vitdist import config, faults, history, rundir
+from vitdist import config, faults, history, ledger, rundir
 from vitdist.config import Config
 from vitdist.data import index
 from vitdist.data.index import Index
@@ -148,12 +148,9 @@ def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None)
 
 
 def undone(starts: Sequence[Start]) -> list[int]:
-    """Of each start the steps that came to nothing: those beyond the one that the next training start went on from."""
-    lost = []
-    for i, start in enumerate(starts):
-        following = next((later for later in starts[i + 1 :] if later.trained), None)
-        lost.append(max(0, start.last - max(start.first, following.first)) if start.trained and following else 0)
-    return lost
+    """Of each start the steps that came to nothing: those beyond the one from which a later start went on."""
+    lost = iter(ledger.undone([(start.first, start.last) for start in starts if start.trained]))
+    return [next(lost) if start.trained else 0 for start in starts]
 
 
 def waits(starts: Sequence[Start]) -> list[float | None]:

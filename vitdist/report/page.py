@@ -23,7 +23,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vitdist import gallery, rundir
-from vitdist.report import charts
+from vitdist.report import charts, folders
 from vitdist.report.charts import Chart
 from vitdist.report.facts import (
     Facts,
@@ -53,7 +53,7 @@ from vitdist.report.markup import (
     wide,
     wrap,
 )
-from vitdist.report.words import cost, duration, figure, goodput, moment, percent, submission, verdict
+from vitdist.report.words import cost, duration, figure, goodput, moment, percent, reproduction, submission, verdict
 from vitdist.rundir import RunDir
 
 MATRIX = 20  # classes up to which a confusion matrix is a table that can be read
@@ -209,7 +209,20 @@ def data(facts: Facts) -> Markup:
     sizes = {k: f"{s['samples']:,} samples, digest {s['digest'][:12]}" for k, s in sets.items() if s}
     known = [("training set", sizes.get("train")), ("validation set", sizes.get("val"))]
     counts = balance(class_counts(facts, "train"), class_counts(facts, "val"))
-    return section("Data", pair(wrap("<div>{}</div>", listing(known), samples(facts)), wrap("<div>{}</div>", counts)))
+    stored = pair(wrap("<div>{}</div>", listing(known), samples(facts)), wrap("<div>{}</div>", counts))
+    return section("Data", stored, inputs(facts))
+
+
+def inputs(facts: Facts) -> Markup:
+    """The first pictures as the model got them."""
+    kept = (rundir.read_json(facts.run.inputs) or {}).get("pictures", ())
+    try:
+        pictures = [(one["label"], thumbnail(base64.b64decode(one["jpeg"]))) for one in kept]
+    except UNREADABLE as error:
+        return note(f"{facts.run.inputs.name} cannot be read: {error}")
+    items = [html('<li><img src="{1}" alt="Input of the model: {0}"><p>{0}</p></li>', *picture) for picture in pictures]
+    heading = "<h3>As the model got them</h3><p>The first ones, augmented and mixed, with their labels.</p>"
+    return wrap(heading + '<ul class="pictures">{}</ul>', *items)
 
 
 def samples(facts: Facts) -> Markup:
@@ -600,8 +613,7 @@ def happenings(starts: Sequence[Start]) -> Markup:
 
 def commands(facts: Facts) -> Markup:
     """Files of the run, and the commands that make more of it."""
-    run, env = facts.run, facts.env
-    at, ranks = shlex.quote(str(run.path)), facts.record.get("world", 1)
+    run, at = facts.run, shlex.quote(str(facts.run.path))
     files = {
         "settings": run.config,
         "script": run.submit,
@@ -612,11 +624,8 @@ def commands(facts: Facts) -> Markup:
         "model": run.model,
         "code": run.code,
     }
-    again = [f"git checkout {env['commit']}"] if env.get("commit") else []
-    again += [f"git apply {at}/patch.diff"] if env.get("dirty") and run.patch.exists() else []
-    direct = f"torchrun --nproc-per-node {ranks} -m vitdist.train {at}"
-    again += [submission(env, f"{run.name}-again") or f"{direct}/config.yaml"]
-    resume = submission(env, run.name) or direct
+    direct = f"torchrun --nproc-per-node {facts.record.get('world', 1)} -m vitdist.train {at}"
+    resume = submission(facts.env, run.name, folders.overrides(run)) or direct
     use = f'classify = pipeline("image-classification", model={str(run.model)!r})'
     return section(
         "Files and commands",
@@ -625,7 +634,7 @@ def commands(facts: Facts) -> Markup:
         if run.model.exists()
         else Markup(),
         command("Resume", resume) if facts.record["state"] != "done" else Markup(),
-        command("Reproduce", *again),
+        command("Reproduce", *reproduction(facts)),
         command("Upload to Weights & Biases", f"vitdist sync {at}")
         if any(run.wandb.glob("offline-run-*"))
         else Markup(),

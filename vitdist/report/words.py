@@ -80,8 +80,8 @@ def cost(facts: Facts) -> tuple[str, str]:
     """(how many, of what): GPU-hours of all starts together, on a CPU core-hours."""
     hours = facts.seconds / 3600 * facts.record.get("world", 1)
     if facts.record.get("device", "CPU") == "CPU":
-        return f"{hours * facts.record.get('threads', 1):.2g}", "CPU core-hours"
-    return f"{hours:.2g}", "GPU-hours"
+        return figure(hours * facts.record.get("threads", 1)), "CPU core-hours"
+    return figure(hours), "GPU-hours"
 
 
 def goodput(starts: Sequence[Start]) -> str:
