@@ -109,6 +109,23 @@ def optimizer(param_groups: list[dict[str, Any]], settings: Optim, device: torch
     return torch.optim.AdamW(of_torch, betas=settings.betas or (0.9, 0.999), eps=settings.eps, fused=fused)
 
 
+def without_compiler() -> None:
+    """Have torch's optimizers do without its compiler, in a process that compiles nothing: loading it costs 2 s a rank.
+
+    Some of their methods must not be traced, and a step breaks the graph of what is: to say so, both load the compiler
+    at their first call. What they wrap is called by itself here (torch 2.15); where a version wraps otherwise, the
+    compiler is loaded after all.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        function = getattr(method, "__wrapped__", None)
+        if function is not None and not hasattr(function, "__dynamo_disable"):
+            setattr(function, "__dynamo_disable", function)  # where torch/_compile.py keeps it after the first call
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+        step = getattr(kind.step, "__wrapped__", None)
+        if step is not None:
+            kind.step = torch.no_grad()(step)  # as the wrapper does, unless `differentiable` is asked for
+
+
 def describe(param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups as a record: name, lr_scale, weight_decay, number of tensors and of parameters."""
     return [

@@ -347,6 +347,8 @@ def _assemble(
     drop_paths = model.drop_paths(net)
 
     journal.stage("model")
+    if not settings.engine.compile:
+        optim.without_compiler()
     engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
     dist.bound_all_groups(_group_timeout(settings.engine))  # DeepSpeed's own have its default, half an hour
     writer = checkpoint.Writer(

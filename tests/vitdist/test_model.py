@@ -553,7 +553,18 @@ net.save_pretrained(sys.argv[1])
 again, _ = model.build(Model(pretrained=sys.argv[1], image_size=16), ["a", "b"], 0)
 again.eval()
 assert torch.equal(net(pixel_values=images).logits, again(pixel_values=images).logits)
-from vitdist import config, export
+from vitdist import config, export, optim
+optim.without_compiler()
+for name in ("adamw", "sgd"):
+    some = torch.nn.Parameter(torch.ones(3))
+    group = {"params": [some], "lr": 0.1, "weight_decay": 0.0, "name": "a", "names": ["a"]}
+    stepper = optim.optimizer([group], config.Optim(name=name, lr=0.1), torch.device("cpu"))
+    some.sum().backward()
+    stepper.step()
+    stepper.zero_grad()
+    assert some.grad is None and (some < 1).all(), name
+    assert stepper.state_dict()["param_groups"][0]["lr"] == 0.1
+assert "torch._dynamo" not in sys.modules
 pixels = config.Pixels(image_size=16, eval_crop=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 assert export._processor(pixels).to_dict()["image_processor_type"] == "CLIPImageProcessor"
 import peft  # what adapters need comes after it, whole
