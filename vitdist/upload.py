@@ -41,9 +41,9 @@ def _bounds(what: str, times: int, wait_s: float, most_s: float, answer_s: float
 
 ANSWER_S = 20.0
 BOUNDS = {
-    **_bounds("graphql", times=2, wait_s=0.5, most_s=5.0, answer_s=ANSWER_S),
-    **_bounds("file_stream", times=5, wait_s=1.0, most_s=10.0, answer_s=60.0),
-    **_bounds("file_transfer", times=5, wait_s=1.0, most_s=10.0, answer_s=300.0),
+    **_bounds("graphql", times=2, wait_s=0.5, most_s=2.0, answer_s=ANSWER_S),
+    **_bounds("file_stream", times=3, wait_s=1.0, most_s=10.0, answer_s=60.0),
+    **_bounds("file_transfer", times=3, wait_s=1.0, most_s=10.0, answer_s=300.0),
 }
 """Of one request and its repetitions, so that a sync ends. W&B's own for rows: 7 days."""
 ANSWERED = "vitdist_rows"
@@ -227,7 +227,10 @@ def upload(run: RunDir, online: bool, training: bool, tell: Tell) -> None:
 
 
 def _upload(run: RunDir, desk: Path, online: bool, training: bool, tell: Tell) -> None:
+    import wandb
+
     parts, todo = _parts(run, online, training, tell)
+    wandb.setup(wandb.Settings(**BOUNDS))
     there = {part.log: _there(part, parts) for part in todo}
     for part in todo:
         last, got = part.log == parts[-1].log, there[part.log]
@@ -391,7 +394,9 @@ def explained(text: str, server: str) -> Exception:
 
 
 _NETWORK = re.compile(
-    r".*(connection re\w+|no such host|no route to host|network is unreachable|Client\.Timeout|deadline exceeded)", re.S
+    r".*(connection re\w+|no such host|no route to host|network is unreachable|Client\.Timeout|deadline exceeded"
+    r"|did not respond in time)",
+    re.DOTALL,
 )
 _OTHER = " (another server: WANDB_BASE_URL)"
 
