@@ -35,11 +35,9 @@ class Server:
         self.ends: list[dict[str, Any]] = []
         """What the file stream said last of each run: complete, exitcode, preempting."""
         self.refuses: dict[str, int] = {}
-        """Status by the last word of an address, graphql, file_stream or files: nothing of what is sent there is kept."""
+        """Status by the last word of an address (graphql, file_stream, files): nothing that is sent there is kept."""
         self.holds_at: int | None = None
         """Of each run so many rows are kept, then the file stream gets no answer any more."""
-        self.holding = threading.Event()
-        """Set by the first request that is held."""
         self.views: dict[str, dict[str, Any]] = {}
         """Reports by id: displayName, description, type, spec (text)."""
         self.asked = threading.Event()
@@ -85,12 +83,12 @@ class Server:
                     status = refused
                 elif self.path.endswith("/graphql"):
                     found = {"data": server.query(json.loads(body))}
-                elif self.path.endswith("/file_stream"):
-                    if not server.stream(self.path.split("/")[-2], json.loads(body)):
-                        server.holding.set()
-                        server._over.wait()
-                        self.close_connection = True
-                        return
+                elif self.path.endswith("/file_stream") and not server.stream(
+                    self.path.split("/")[-2], json.loads(body)
+                ):
+                    server._over.wait()
+                    self.close_connection = True
+                    return
                 content = json.dumps(found).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

@@ -41,7 +41,7 @@ def _bounds(what: str, times: int, wait_s: float, most_s: float, answer_s: float
 
 ANSWER_S = 20.0
 BOUNDS = {
-    **_bounds("graphql", times=2, wait_s=0.5, most_s=2.0, answer_s=ANSWER_S),
+    **_bounds("graphql", times=2, wait_s=0.5, most_s=1.0, answer_s=ANSWER_S),
     **_bounds("file_stream", times=3, wait_s=1.0, most_s=10.0, answer_s=60.0),
     **_bounds("file_transfer", times=3, wait_s=1.0, most_s=10.0, answer_s=300.0),
 }
