@@ -38,6 +38,13 @@ class Server:
         """Status by the last word of an address (graphql, file_stream, files): nothing that is sent there is kept."""
         self.holds_at: int | None = None
         """Of each run so many rows are kept, then the file stream gets no answer any more."""
+        self.runs: list[dict[str, Any]] = []
+        """What was said of runs, each time."""
+        self.artifacts: dict[str, tuple[str, list[str]]] = {}
+        """(type, names of the files that are kept here) of each, by name."""
+        self.used: list[str] = []
+        """Artifacts that a run took as its input."""
+        self.takes_artifacts = True
         self.views: dict[str, dict[str, Any]] = {}
         """Reports by id: displayName, description, type, spec (text)."""
         self.asked = threading.Event()
@@ -82,7 +89,10 @@ class Server:
                 elif refused := server.refuses.get(self.path.split("/")[-1]):
                     status = refused
                 elif self.path.endswith("/graphql"):
-                    found = {"data": server.query(json.loads(body))}
+                    asked = json.loads(body)
+                    found = {"data": server.query(asked)}
+                    if "mutation CreateArtifact" in asked["query"] and not server.takes_artifacts:
+                        found = {"data": None, "errors": [{"message": "no room for artifacts"}]}
                 elif self.path.endswith("/file_stream") and not server.stream(
                     self.path.split("/")[-2], json.loads(body)
                 ):
@@ -111,6 +121,7 @@ class Server:
             case "ServerFeaturesQuery":
                 return {"serverInfo": {"features": []}}
             case "UpsertBucket":
+                self.runs.append(values)
                 run, new = values["name"], values["name"] not in self.rows
                 self.rows.setdefault(run, [])
                 about = {"id": run, "name": run, "displayName": run, "config": "{}", "sweepName": None}
@@ -120,6 +131,28 @@ class Server:
             case "CreateRunFiles":
                 files = [{"name": file, "uploadUrl": f"{self.url}/files"} for file in values.get("files", [])]
                 return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+            case "ArtifactType":
+                return {"project": {"artifact": None}}
+            case "CreateArtifact":
+                which = values["input"]["artifactCollectionName"]
+                if self.takes_artifacts:
+                    self.artifacts[which] = (values["input"]["artifactTypeName"], [])
+                sequence = {"id": "S", "latestArtifact": None}
+                return {"createArtifact": {"artifact": {"id": which, "state": "PENDING", "artifactSequence": sequence}}}
+            case "CreateArtifactManifest":
+                file = {"id": "F", "name": "m", "displayName": "m", "uploadUrl": f"{self.url}/files"}
+                made = {"id": values["artifactID"], "file": file | {"uploadHeaders": []}}
+                return {"createArtifactManifest": {"artifactManifest": made}}
+            case "CreateArtifactFiles":
+                edges = [self._file(one) for one in values["input"]["artifactFiles"]]
+                return {"createArtifactFiles": {"files": {"edges": edges}}}
+            case "CommitArtifact":
+                return {"commitArtifact": {"artifact": {"id": values["artifactID"], "digest": "d"}}}
+            case "UseArtifact":
+                self.used.append(values["input"]["artifactID"])
+                return {"useArtifact": {"artifact": {"id": values["input"]["artifactID"]}}}
+            case "ArtifactByID":
+                return {"artifact": self._artifact(values["id"])}
             case "Run" | "RunHistoryKeys":
                 return {"project": {"run": self._known(values["name"])}}
             case "GetDefaultEntity":
@@ -143,6 +176,20 @@ class Server:
                 return {"view": self._view(values["reportId"])}
             case _:
                 return {}
+
+    def _file(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts[wanted["artifactID"]][1].append(wanted["name"])
+        place = {"uploadUrl": f"{self.url}/files", "uploadHeaders": [], "uploadMultipartUrls": None}
+        return {"node": place | {"storagePath": "x", "artifact": {"id": wanted["artifactID"]}}}
+
+    def _artifact(self, which: str) -> dict[str, Any]:
+        project = {"id": "p", "internalId": "1", "name": "vitdist", "entity": {"name": "me"}, "entityName": "me"}
+        sequence = {"__typename": "ArtifactSequence", "name": which, "project": project}
+        about = {"id": which, "artifactSequence": sequence, "artifactType": {"name": self.artifacts[which][0]}}
+        about |= {"versionIndex": 0, "digest": "d", "state": "COMMITTED", "size": 1, "fileCount": 1, "aliases": []}
+        about |= {"createdAt": "2026-01-01T00:00:00Z", "updatedAt": None, "description": None, "metadata": "{}"}
+        about |= {"commitHash": "c", "historyStep": None, "ttlDurationSeconds": -1, "ttlIsInherited": True, "tags": []}
+        return about
 
     def _known(self, run: str) -> dict[str, Any] | None:
         if run not in self.rows:

@@ -189,7 +189,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.report.compare": {"vitdist.results", "vitdist.scores", "vitdist.selection"},
         "vitdist.report.compare_page": {"vitdist.results"},
         "vitdist.report.wandb_report": {"vitdist.results", "vitdist.selection"},
-        "vitdist.sync": {"vitdist.upload"},
+        "vitdist.sync": {"vitdist.upload", "vitdist.report", "vitdist.report.folders"},
         "vitdist.cli": {
             *(f"vitdist.{room}" for room in ("cost", "inference", "manifest", "plan", "results", "selection", "sync")),
             *(m for m in map(module, FILES) if m.startswith(("vitdist.data", "vitdist.report"))),

@@ -6,6 +6,7 @@ Rows are handed over; a thread of its own gives them to W&B. What W&B does not t
 import base64
 import contextlib
 import io
+import json
 import math
 import netrc
 import os
@@ -338,8 +339,11 @@ class Mirror:
             if not about.get("digest"):  # of a stream nobody knows what is in it
                 continue
             made = wandb.Artifact(f"{kind}-{about['digest'][:12]}", "dataset", metadata=about)
+            with made.new_file("data.json") as file:
+                json.dump(about, file, indent=1)
             for folder in about["folder"].split(" + "):
-                made.add_reference(_uri(folder), checksum=False)
+                if "://" not in folder:  # of a bucket W&B asks for its provider's library
+                    made.add_reference(Path(folder).absolute().as_uri(), checksum=False)
             # What a run reads is `used`; offline W&B knows only of what it writes.
             (run.log_artifact if run.offline else run.use_artifact)(made)
 
@@ -423,10 +427,6 @@ def _public(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_public(inner) for inner in value]
     return storage.shown(value) if isinstance(value, str) else value
-
-
-def _uri(folder: str) -> str:
-    return folder if "://" in folder else Path(folder).absolute().as_uri()
 
 
 def _brief(error: BaseException) -> str:

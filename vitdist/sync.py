@@ -21,31 +21,16 @@ from typing import Any, NamedTuple
 
 from vitdist import rundir, upload
 from vitdist.console import progress
+from vitdist.report import folders
 from vitdist.rundir import RunDir
 
 QUIET_S = 600.0
 """A part that nothing was written to for this long grows no more. A trainer writes system figures every 15 s."""
 
 
-def find(folders: Sequence[str]) -> list[RunDir]:
-    """The runs that `folders` are or have in them, each once. Raises ValueError."""
-    found: dict[Path, RunDir] = {}
-    for name in folders:
-        folder = Path(name)
-        inside = [folder] if (folder / "config.yaml").exists() else _inside(folder)
-        if not inside:
-            what = "it has no config.yaml), and none lies in it" if folder.is_dir() else "there is no such folder)"
-            raise ValueError(f"{folder} is no run folder ({what}")
-        for path in inside:
-            found.setdefault(path.resolve(), RunDir(path))
-    return list(found.values())
-
-
-def _inside(folder: Path) -> list[Path]:
-    """The run folders in `folder`; those of a sweep lie in the sweep's."""
-    within = sorted(path.parent for path in folder.glob("*/config.yaml"))
-    sweeps = sorted(path.parent for path in folder.glob("*/sweep.yaml"))
-    return within + [run for sweep in sweeps for run in _inside(sweep)]
+def find(names: Sequence[str]) -> list[RunDir]:
+    """The runs that are named: runs, sweeps and folders of runs. Raises ValueError."""
+    return folders.find([Path(name) for name in names])[0]
 
 
 @dataclass
@@ -79,6 +64,8 @@ class Outcome:
             if "url" in told:
                 self.parts += 1
                 self.url = told["url"] or self.url
+            if told.get("note"):
+                self.notes.append(f"{part}: {told['note']}")
             if told.get("damaged"):
                 self.notes.append(f"{part} is damaged in {told['damaged']} places: what lay there is left out")
 

@@ -50,6 +50,7 @@ ANSWERED = "vitdist_rows"
 """In a part's .syncstate: rows that the server has answered for, whatever it says of the run's end a minute later."""
 STREAMS = {"stats", "output", "output_raw", "alert", "preempting"}
 """Records that add something to the run each time they are sent. Others say what is the case, and may be repeated."""
+ARTIFACTS = {"artifact", "use_artifact", "noop_link_artifact"}
 ORPHAN_S = 3.0
 """wandb-core sends on for up to 2 s after a process that was killed (0.31): so long its rows are not counted."""
 BLOCK, HEAD = 32768, 7
@@ -69,6 +70,8 @@ class Part(NamedTuple):
     ended: bool
     """Its writer said that it is at its end."""
     damaged: int
+    artifacts: bool
+    """Tables are among them."""
 
     @property
     def folder(self) -> Path:
@@ -172,7 +175,7 @@ def look(log: Path, whole: bool) -> Part | None:
     """What a part holds; None if that is nothing. Without `whole` its rows are not counted."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    size, rows, ended, damaged, about = log.stat().st_size, 0, False, 0, None
+    size, rows, ended, damaged, artifacts, about = log.stat().st_size, 0, False, 0, False, None
     for data in records(log, size):
         if data is None:
             damaged += 1
@@ -181,6 +184,7 @@ def look(log: Path, whole: bool) -> Part | None:
         kind = record.WhichOneof("record_type")
         rows += kind == "history"
         ended |= kind == "exit"
+        artifacts |= kind in ARTIFACTS
         if kind == "run" and about is None:
             about = record.run
             if not whole:
@@ -190,11 +194,14 @@ def look(log: Path, whole: bool) -> Part | None:
             raise ValueError("damaged where it says which run it is of")
         return None
     path = "/".join(name for name in (about.entity, about.project, about.run_id) if name)
-    return Part(log, size, about.start_time.ToNanoseconds() / 1e9, path, rows, ended, damaged)
+    return Part(log, size, about.start_time.ToNanoseconds() / 1e9, path, rows, ended, damaged, artifacts)
 
 
-def copy(part: Part, to: Path, without: int, unfinished: bool) -> None:
-    """Write `part` to `to` without its first rows, that many. Files and models of one that is unfinished come later."""
+def copy(part: Part, to: Path, without: int, unfinished: bool, bare: bool = False) -> None:
+    """Write `part` to `to` without its first rows, that many. Files and models of one that is unfinished come later.
+
+    `bare`: without artifacts, whatever it is.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     seen = 0
@@ -208,7 +215,7 @@ def copy(part: Part, to: Path, without: int, unfinished: bool) -> None:
             seen += kind == "history"
             if old and (kind in STREAMS or kind == "history" or (unfinished and kind == "files")):
                 continue
-            if unfinished and kind in ("artifact", "use_artifact", "noop_link_artifact"):
+            if (unfinished or bare) and kind in ARTIFACTS:
                 continue
             append(file, data)
 
@@ -242,7 +249,14 @@ def _upload(run: RunDir, desk: Path, online: bool, training: bool, tell: Tell) -
         if part.online and not last and got == part.rows:
             _mark(part)
             continue
-        url = _send(desk, part, got, unfinished, last)
+        try:
+            url = _send(desk, part, got, unfinished, last)
+        except ValueError as error:
+            if unfinished or not part.artifacts:
+                raise
+            # Rows do not wait for what a server may refuse for ever: a quota, a permission, a version.
+            url = _send(desk, part, _there(part, parts), unfinished, last, bare=True)
+            told |= {"note": f"without its tables and artifacts: {error}"}
         if unfinished:
             rundir.publish(part.state, json.dumps(part.known | {ANSWERED: part.rows}))
         else:
@@ -300,15 +314,16 @@ def _end(part: Part) -> int:
     return min(known.lastHistoryStep + 1, known.historyLineCount)
 
 
-def _send(desk: Path, part: Part, got: int, unfinished: bool, last: bool) -> str:
+def _send(desk: Path, part: Part, got: int, unfinished: bool, last: bool, bare: bool = False) -> str:
     """Upload `part` without its first `got` rows. Returns the run's address. Raises as `upload`."""
     import wandb
     from wandb.cli.cli import cli
 
-    place = desk / part.folder.name
+    place, before = desk / part.folder.name, len(_logged(desk))
+    shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     rest = place / part.log.name
-    copy(part, rest, got, unfinished)
+    copy(part, rest, got, unfinished, bare)
     (place / "files").symlink_to(part.folder / "files")
     state = place / part.state.name
     if part.begin is None:
@@ -324,7 +339,7 @@ def _send(desk: Path, part: Part, got: int, unfinished: bool, last: bool) -> str
         except Exception as error:  # of click, which wraps what wandb raised
             print(f"wandb: ERROR {getattr(error, 'message', error)}")
     text = said.getvalue()
-    wrong = [*re.findall(r"^wandb: ERROR (?:\[\S+\] )?(.*)", text, re.MULTILINE), *_logged(desk)]
+    wrong = [*re.findall(r"^wandb: ERROR (?:\[\S+\] )?(.*)", text, re.MULTILINE), *_logged(desk)[before:]]
     if wrong or "Finished syncing" not in text:
         raise _failure("; ".join(dict.fromkeys(wrong)) or "W&B's service died of it")
     shutil.rmtree(place)
@@ -358,7 +373,7 @@ def _desk(run: RunDir) -> Iterator[Path]:
 def _logged(desk: Path) -> list[str]:
     """Errors in the log of `wandb sync`: what it prints of a server's refusal leaves out the reason."""
     found = []
-    for log in desk.glob("wandb/logs/debug-sync*.log"):
+    for log in sorted(desk.glob("wandb/logs/debug-sync*.log")):
         for line in log.read_text(errors="replace").splitlines():
             if '"level":"ERROR' in line:
                 said = json.loads(line)

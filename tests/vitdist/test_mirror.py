@@ -28,60 +28,9 @@ from vitdist.tracking import Journal
 PIXELS = Pixels(image_size=8, eval_crop=1.0, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
 
 
-class Store(fake_wandb.Server):
-    """A server that takes artifacts too, and remembers (type, name, paths of its files) of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.runs: list[dict[str, Any]] = []
-        self.artifacts: dict[str, tuple[str, list[str]]] = {}
-        self.used: list[str] = []
-
-    def query(self, asked: dict[str, Any]) -> dict[str, Any]:
-        values, name = asked.get("variables") or {}, asked["query"].split("(")[0].split()[-1]
-        wanted = values.get("input") or {}
-        if name == "UpsertBucket":
-            self.runs.append(values)
-        elif name == "ArtifactType":
-            return {"project": {"artifact": None}}
-        elif name == "CreateArtifact":
-            which = wanted["artifactCollectionName"]
-            self.artifacts[which] = (wanted["artifactTypeName"], [])
-            sequence = {"id": "S", "latestArtifact": None}
-            return {"createArtifact": {"artifact": {"id": which, "state": "PENDING", "artifactSequence": sequence}}}
-        elif name == "CreateArtifactManifest":
-            file = {"id": "F", "name": "m", "displayName": "m", "uploadUrl": f"{self.url}/files", "uploadHeaders": []}
-            made = {"id": values["artifactID"], "file": file}
-            return {"createArtifactManifest": {"artifactManifest": made}}
-        elif name == "CreateArtifactFiles":
-            edges = []
-            for one in wanted["artifactFiles"]:
-                self.artifacts[one["artifactID"]][1].append(one["name"])
-                url = {"uploadUrl": f"{self.url}/files", "uploadHeaders": [], "uploadMultipartUrls": None}
-                edges.append({"node": {**url, "storagePath": "x", "artifact": {"id": one["artifactID"]}}})
-            return {"createArtifactFiles": {"files": {"edges": edges}}}
-        elif name == "CommitArtifact":
-            return {"commitArtifact": {"artifact": {"id": values["artifactID"], "digest": "d"}}}
-        elif name == "UseArtifact":
-            self.used.append(wanted["artifactID"])
-            return {"useArtifact": {"artifact": {"id": wanted["artifactID"]}}}
-        elif name == "ArtifactByID":
-            return {"artifact": self._artifact(values["id"])}
-        return super().query(asked)
-
-    def _artifact(self, which: str) -> dict[str, Any]:
-        project = {"id": "p", "internalId": "1", "name": "vitdist", "entity": {"name": "me"}, "entityName": "me"}
-        sequence = {"__typename": "ArtifactSequence", "name": which, "project": project}
-        about = {"id": which, "artifactSequence": sequence, "artifactType": {"name": self.artifacts[which][0]}}
-        about |= {"versionIndex": 0, "digest": "d", "state": "COMMITTED", "size": 1, "fileCount": 1, "aliases": []}
-        about |= {"createdAt": "2026-01-01T00:00:00Z", "updatedAt": None, "description": None, "metadata": "{}"}
-        about |= {"commitHash": "c", "historyStep": None, "ttlDurationSeconds": -1, "ttlIsInherited": True, "tags": []}
-        return about
-
-
 @pytest.fixture
-def store(wandb_home: pytest.MonkeyPatch) -> Iterator[Store]:
-    with Store() as made:
+def store(wandb_home: pytest.MonkeyPatch) -> Iterator[fake_wandb.Server]:
+    with fake_wandb.Server() as made:
         wandb_home.setenv("WANDB_BASE_URL", made.url)
         wandb_home.setenv("WANDB_API_KEY", "k" * 40)
         wandb_home.setattr(mirror, "FINISH_S", 15.0)
@@ -100,7 +49,7 @@ def finish(run: RunDir, **tracking: Any) -> dict[str, Any]:
     return rundir.read_json(run.attempt(1).train) or {}
 
 
-def test_a_finished_run_leaves_tables_pictures_and_artifacts(tmp_path: Path, store: Store) -> None:
+def test_a_finished_run_leaves_tables_pictures_and_artifacts(tmp_path: Path, store: fake_wandb.Server) -> None:
     run = make_run(tmp_path)
     run.model.mkdir()
     (run.model / "model.safetensors").write_bytes(bytes(1000))
@@ -123,14 +72,16 @@ def test_a_finished_run_leaves_tables_pictures_and_artifacts(tmp_path: Path, sto
     assert kinds["tiny-model"] == "model"
     assert store.artifacts["tiny-model"][1] == ["model.safetensors"]
     assert kinds[f"train-{digest}"] == kinds[f"val-{digest}"] == "dataset"
-    assert store.artifacts[f"train-{digest}"][1] == [], "shards stay where they are"
+    assert store.artifacts[f"train-{digest}"][1] == ["data.json"], "shards stay where they are"
     assert store.used == [f"train-{digest}", f"val-{digest}"]
     (code,) = (files for kind, files in store.artifacts.values() if kind == "code")
     assert code == ["train.py"]
     assert store.ends[-1]["exitcode"] == 0
 
 
-def test_a_large_model_stays_where_it_is(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_stays_where_it_is(
+    tmp_path: Path, store: fake_wandb.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mirror, "UPLOADED", 999)
     run = make_run(tmp_path)
     run.model.mkdir()
@@ -140,7 +91,9 @@ def test_a_large_model_stays_where_it_is(tmp_path: Path, store: Store, monkeypat
     assert not any(kind == "dataset" for kind, _ in store.artifacts.values())
 
 
-def test_W10_tables_of_many_classes_are_capped(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_W10_tables_of_many_classes_are_capped(
+    tmp_path: Path, store: fake_wandb.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mirror, "MATRIX", 20)
     monkeypatch.setattr(mirror, "MOST_ROWS", 25)
     run = make_run(tmp_path, [f"class {i}" for i in range(60)])
@@ -153,19 +106,17 @@ def test_W10_tables_of_many_classes_are_capped(tmp_path: Path, store: Store, mon
     assert logged["val/classes"]["nrows"] == logged["val/confusion"]["nrows"] == 25
 
 
-def test_a_server_without_artifacts_costs_them_and_nothing_else(tmp_path: Path, wandb_home: pytest.MonkeyPatch) -> None:
+def test_a_server_without_artifacts_costs_them_and_nothing_else(tmp_path: Path, store: fake_wandb.Server) -> None:
     run = make_run(tmp_path)
     run.model.mkdir()
     (run.model / "config.json").write_text("{}")
-    with fake_wandb.Server() as server:
-        wandb_home.setenv("WANDB_BASE_URL", server.url)
-        wandb_home.setenv("WANDB_API_KEY", "k" * 40)
-        record = finish(run)
-    (rows,) = server.rows.values()
+    store.takes_artifacts = False
+    record = finish(run)
+    (rows,) = store.rows.values()
     assert 201 in [row.get("train/global_step") for row in rows]
-    assert server.ends[-1]["exitcode"] == 0
+    assert store.ends[-1]["exitcode"] == 0
     told = [event["text"] for event in record["events"] if event["kind"] == "wandb"]
-    assert any("W&B lacks the model as an artifact" in text for text in told)
+    assert any("W&B lacks the data as artifacts" in text for text in told)
     assert record["state"] == "done"
 
 
@@ -186,7 +137,7 @@ def test_shards_that_are_gone_cost_the_pictures_alone(tmp_path: Path, wandb_home
     assert str(tmp_path / "val") in event["text"]
 
 
-def test_W6_two_starts_are_one_run_with_one_axis(tmp_path: Path, store: Store) -> None:
+def test_W6_two_starts_are_one_run_with_one_axis(tmp_path: Path, store: fake_wandb.Server) -> None:
     run = RunDir(tmp_path / "run")
     for attempt, steps in enumerate([range(1, 8), range(5, 10)]):
         with Journal(run, run.attempt(attempt), first=True) as journal:
@@ -201,7 +152,7 @@ def test_W6_two_starts_are_one_run_with_one_axis(tmp_path: Path, store: Store) -
     assert [end["exitcode"] for end in store.ends if end["complete"]] == [rundir.EXIT_STOPPED, 0]
 
 
-def test_X1_secrets_in_urls_stay_here(tmp_path: Path, store: Store) -> None:
+def test_X1_secrets_in_urls_stay_here(tmp_path: Path, store: fake_wandb.Server) -> None:
     run, url = RunDir(tmp_path / "run"), "https://me:canary@example.com/shards?sig=canary"
     with Journal(run, run.attempt(0), first=True) as journal:
         journal.start_mirrors(logs_workers.settings(), {"settings": {"data": {"train": {url: 1.0}, "val": url}}}, 0)

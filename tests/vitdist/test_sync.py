@@ -32,6 +32,10 @@ for start in map(int, starts):
     for step in range(start, start + 10):
         run.log({"train/global_step": step, "train/loss": 1 / (step + 1), "text": "x" * 5000})
     last = str(start) == starts[-1]
+    if last:
+        model = wandb.Artifact("first-model", "model")
+        model.add_reference(f"file://{folder}", checksum=False)
+        run.log_artifact(model)
     if not last:
         run.mark_preempting()
     run.finish(exit_code=0 if last else 75)
@@ -151,6 +155,7 @@ def test_W11_killed_midway_and_repeated_each_row_is_there_once(
     assert f"{runs[0].path}: uploaded, 16 rows in 2 parts {server.url}/me/vitdist/runs/first\n" in out
     assert out.endswith("2 runs: 2 uploaded\n")
     assert steps(server) == steps(server, "other") == EXPECTED
+    assert server.artifacts == {"first-model": ("model", []), "other-model": ("model", [])}
     assert [end for end in server.ends if end["complete"]] == [
         {"complete": True, "exitcode": 0, "preempting": None}
     ] * 2
@@ -196,6 +201,20 @@ def test_what_the_server_refuses_is_not_marked(server: fake_wandb.Server, writte
     server.rows.clear()  # somebody took the run away there
     assert done(run.path)[0] == 0
     assert steps(server) == EXPECTED[:10]
+
+
+def test_artifacts_that_are_refused_hold_up_no_row(server: fake_wandb.Server, written: Path, tmp_path: Path) -> None:
+    run = copied(written, tmp_path / "run")
+    for part in upload.folders(run, online=False)[:2]:
+        shutil.rmtree(part)
+    server.takes_artifacts = False
+    code, out, error = done(run.path)
+    assert (code, error) == (0, "")
+    assert "uploaded, 10 rows in 1 part" in out
+    assert "without its tables and artifacts: 127.0.0.1:" in out
+    assert "no room for artifacts" in out
+    assert upload.uploaded(log(run))
+    assert [step for step, _ in steps(server)] == STEPS[20:]
 
 
 def test_without_a_server_one_run_is_tried(wandb_home: pytest.MonkeyPatch, written: Path, tmp_path: Path) -> None:
@@ -252,18 +271,16 @@ def test_what_was_online_is_uploaded_on_demand(server: fake_wandb.Server, writte
 # ---- without a server --------------------------------------------------------------------------
 
 
-def test_the_folder_of_runs_and_of_sweeps(tmp_path: Path) -> None:
-    for name in ("runs/b", "runs/a", "runs/sweep/0", "runs/sweep/1", "runs/none"):
-        (tmp_path / name).mkdir(parents=True)
-        if "none" not in name:
-            (tmp_path / name / "config.yaml").touch()
-    (tmp_path / "runs" / "sweep" / "sweep.yaml").touch()
+def test_a_sweep_is_its_points_which_lie_beside_it(tmp_path: Path) -> None:
+    for name in ("a", "lr-00", "lr-01"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    (tmp_path / "runs" / "lr").mkdir()
+    points = "points: [{folder: lr-00, overrides: [optim.lr=1]}, {folder: lr-01, overrides: [optim.lr=2]}]"
+    (tmp_path / "runs" / "lr" / "sweep.yaml").write_text(points)
+    assert [run.name for run in sync.find([str(tmp_path / "runs" / "lr")])] == ["lr-00", "lr-01"]
     found = sync.find([str(tmp_path / "runs"), str(tmp_path / "runs" / "a")])
-    assert [run.path.relative_to(tmp_path).as_posix() for run in found] == [
-        *("runs/a", "runs/b", "runs/sweep/0", "runs/sweep/1")
-    ]
-    with pytest.raises(ValueError, match="it has no config"):
-        sync.find([str(tmp_path / "runs" / "none")])
+    assert sorted(run.name for run in found) == ["a", "lr-00", "lr-01"]
 
 
 def test_whether_it_trains(written: Path, tmp_path: Path) -> None:
