@@ -316,7 +316,7 @@ def _follow_a_run(commands: Commands) -> None:
     sync = commands.add_parser(
         "sync", help="upload the offline W&B parts of runs, oldest first; safe to repeat, and while they train"
     )
-    sync.add_argument("folder", nargs="*", metavar="RUN", help="a run, or a folder of runs (default: runs)")
+    sync.add_argument("folder", nargs="*", metavar="RUN", help="a run, a sweep, or a folder of runs (default: runs)")
     sync.add_argument("--jobs", type=_positive, default=4, metavar="N", help="runs at a time (default 4)")
     sync.add_argument("--watch", nargs="?", const="60", metavar="SECONDS", help="again every 60 seconds, until Ctrl-C")
     sync.add_argument(
