@@ -22,7 +22,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from vitdist import gallery, rundir
+from vitdist import gallery, results, rundir
 from vitdist.report import charts, folders
 from vitdist.report.charts import Chart
 from vitdist.report.facts import (
@@ -77,8 +77,8 @@ def write(run: RunDir) -> Path:
 
 def page(facts: Facts, refresh_s: int = 0) -> str:
     """The whole page as text; with `refresh_s` the browser reads the file again every so many seconds."""
-    parts = (what_ran, data, curves, rates, optimizer, speed, classes, calibration, mistakes, reliability, commands)
-    return document(facts.run.name, join(make(facts) for make in (head, *parts)), refresh_s=refresh_s)
+    parts = (data, curves, rates, optimizer, speed, classes, calibration, mistakes, reliability, commands)
+    return document(facts.run.name, join(make(facts) for make in (head, result, what_ran, *parts)), refresh_s=refresh_s)
 
 
 def document(title: str, body: Markup, css: str = "", refresh_s: int = 0) -> str:
@@ -134,6 +134,27 @@ def head(facts: Facts) -> Markup:
         note(f"To do: {remedy}." if word == "failed" and remedy else ""),
         note("" if facts.record["state"] == "done" else newest(facts)),
     )
+
+
+def result(facts: Facts) -> Markup:
+    """Every figure of the newest evaluation, with its interval."""
+    rows = measured(facts)
+    shown = 3 if any(interval != "-" for *_, interval in rows) else 2
+    step, samples = facts.evaluation.get("step"), facts.scores.get("samples")
+    where = f" of {samples:,} validation samples" if samples else " of the validation samples"
+    where += f", at step {step:,}" if step is not None else ""
+    columns = ("figure", "value", "95 % interval")[:shown]
+    return section("Result", table(columns, [row[:shown] for row in rows], f"The newest evaluation,{where}", "figures"))
+
+
+def measured(facts: Facts) -> list[tuple[str, ...]]:
+    """(name, value, interval or -) of each figure of the newest evaluation."""
+    intervals = facts.evaluation.get("intervals") or {}
+    return [
+        (words, results.figure(metric, facts.scores[metric]), results.between_words(metric, intervals.get(metric)))
+        for metric, words in results.METRICS.items()
+        if facts.scores.get(metric) is not None
+    ]
 
 
 def expectation(facts: Facts) -> str:

@@ -25,7 +25,7 @@ from vitdist import config, results, rundir, selection
 from vitdist.report import charts, compare, folders, markdown
 from vitdist.report.compare import Comparison
 from vitdist.report.facts import Facts, Record, class_counts, confused, differing, read, recipe, undone, waits
-from vitdist.report.page import expectation, newest
+from vitdist.report.page import expectation, measured, newest
 from vitdist.report.words import (
     cost,
     duration,
@@ -217,12 +217,7 @@ def _plots(curves: Iterable[Curves], runs: int = 1) -> list[Any]:
 
 def _opening(facts: Facts) -> list[Any]:
     """The figures that one looks for first, and what was expected of them."""
-    intervals, counts = facts.evaluation.get("intervals") or {}, class_counts(facts, "val").values()
-    rows = [
-        (words, results.figure(metric, facts.scores[metric]), results.between_words(metric, intervals.get(metric)))
-        for metric, words in results.METRICS.items()
-        if facts.scores.get(metric) is not None
-    ]
+    rows, counts = measured(facts), class_counts(facts, "val").values()
     naive = (
         f"Always naming the largest class would be right for {percent(max(counts) / sum(counts))}." if counts else ""
     )

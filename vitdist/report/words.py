@@ -46,7 +46,9 @@ def verdict(facts: Facts) -> tuple[str, str]:
     place = f"step {step:,}" + (f" of {total:,}" if total else "")
     good = ""
     if "top1" in scores:
-        good = f"{percent(scores['top1'])} of the validation samples are classified right (top-1)"
+        interval = (facts.evaluation.get("intervals") or {}).get("top1")
+        between = f", 95% interval {100 * interval[0]:.1f} to {percent(interval[1])}" if interval else ""
+        good = f"{percent(scores['top1'])} of the validation samples are classified right (top-1{between})"
         good += f", macro-F1 {scores['macro_f1']:.3f}" if "macro_f1" in scores else ""
     match record["state"]:
         case "done":
