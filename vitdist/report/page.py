@@ -171,19 +171,21 @@ def expectation(facts: Facts) -> str:
 
 
 def newest(facts: Facts) -> str:
-    """The last figures of a run that has not finished, and of when they are."""
+    """The last figures of a run that has not finished, each with its step, and how old they are."""
     keys = {"training loss": "train/loss", "validation loss": "val/loss", "gradient norm": "optim/grad_norm"}
-    last = {name: facts.series(key)[-1:] for name, key in (keys | {"images/s": "perf/images_per_s"}).items()}
-    told = [f"{name} {figure(points[0][1])}" for name, points in last.items() if points]
-    steps = [points[0][0] for points in last.values() if points]
-    told += [f"top-1 {percent(share)}" for _, share in facts.series("val/top1")[-1:]]
-    times = [reached.time for reached in facts.history.reached.values() if reached.time]
+    told: dict[int, list[str]] = {}
+    for name, key in (keys | {"images/s": "perf/images_per_s", "top-1": "val/top1"}).items():
+        for step, value in facts.series(key)[-1:]:
+            told.setdefault(step, []).append(f"{name} {percent(value) if name == 'top-1' else figure(value)}")
     if not told:
         return ""
+    times = [reached.time for reached in facts.history.reached.values() if reached.time]
     when = f", {moment(max(times))}" if times else ""
     ago = max(0.0, datetime.now(UTC).timestamp() - max(times)) if times else 0.0
     age = f", {duration(ago)} before this page was made" if times and facts.record["state"] == "running" else ""
-    return f"Last figures, at step {max(steps):,}{when}{age}: {', '.join(told)}."
+    (first, of_it), *earlier = sorted(told.items(), reverse=True)
+    rest = "".join(f"; at step {step:,}: {', '.join(of)}" for step, of in earlier)
+    return f"Last figures, at step {first:,}{when}{age}: {', '.join(of_it)}{rest}."
 
 
 def what_ran(facts: Facts) -> Markup:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from vitdist import rundir
+import numpy as np
+
+from vitdist import history, rundir
 from vitdist.data import storage
 from vitdist.report import folders
 from vitdist.report.facts import Facts, Record, Start, undone, waits
 
 DONE = "finished"
+SILENT_S = 600  # and ten times the usual distance of rows: evaluations and saves are shorter
 
 
 def duration(seconds: float) -> str:
@@ -64,10 +67,21 @@ def verdict(facts: Facts) -> tuple[str, str]:
             text = f"Stopped at {place}{why and ' by '}{why}; it can go on from its last checkpoint."
         case "running":
             left = [f", about {duration(eta)} left" for _, eta in facts.series("perf/eta_s")[-1:]]
-            word, text = "running", f"At {place}{''.join(left)}."
+            quiet = silence(facts)
+            word = "running"
+            text = f"At {place}; nothing was written for {duration(quiet)}." if quiet else f"At {place}{''.join(left)}."
         case _:
             return "submitted", "Nothing has been trained yet."
     return word, text + (f" At the newest evaluation {good}." if good else "")
+
+
+def silence(facts: Facts) -> float:
+    """Seconds for which a run that should write rows wrote none; 0 where that is no longer than usual."""
+    _, times = facts.history.series(history.TIME)
+    seen = [time for time in (*times[-1:].tolist(), facts.starts[-1].began) if time]
+    quiet = datetime.now(UTC).timestamp() - max(seen) if seen else 0.0
+    usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    return quiet if quiet > max(SILENT_S, 10 * usual) else 0.0
 
 
 def going(facts: Facts) -> bool:
