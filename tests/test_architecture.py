@@ -183,12 +183,13 @@ def test_only_the_trainer_knows_the_rooms() -> None:
             "vitdist.history",
             "vitdist.ledger",
         },
-        "vitdist.report.page": {"vitdist.gallery"},  # pictures of the worst mistakes
-        "vitdist.report.words": {"vitdist.data", "vitdist.data.storage"},  # hides the secrets of URLs
+        "vitdist.report.page": {"vitdist.gallery", "vitdist.results"},  # pictures of the worst mistakes
+        # storage hides the secrets of URLs
+        "vitdist.report.words": {"vitdist.data", "vitdist.data.storage", "vitdist.history"},
+        "vitdist.report.charts": {"vitdist.results", "vitdist.selection"},
         "vitdist.report.markdown": {"vitdist.results"},
         "vitdist.report.compare": {"vitdist.results", "vitdist.scores", "vitdist.selection"},
         "vitdist.report.compare_page": {"vitdist.results"},
-        "vitdist.report.page": {"vitdist.results"},
         "vitdist.report.wandb_report": {"vitdist.results", "vitdist.selection"},
         "vitdist.sync": {"vitdist.upload", "vitdist.report", "vitdist.report.folders"},
         "vitdist.cli": {

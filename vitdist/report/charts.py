@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import vl_convert
 
-from vitdist import rundir
+from vitdist import results, rundir, selection
+from vitdist.config import Evaluation
 from vitdist.report.facts import Facts, Points
-from vitdist.report.words import percent
 
 POINTS = 600  # of a curve: with the extremes of each bucket kept, as many as a chart has pixels
 FAN_POINTS = 100  # of each layer's learning rate: smooth, and there may be 34 of them
@@ -94,9 +94,14 @@ def losses(facts: Facts) -> Chart | None:
 
 
 def quality(facts: Facts) -> Chart | None:
-    top1, best = max(((v, -s) for s, v in facts.series("val/top1")), default=(0.0, 0))
-    keys = {"top-1": "val/top1", "macro-F1": "val/macro_f1"}
-    return of(facts, "quality", "Quality", f"Best top-1 {percent(top1)}, at step {-best:,}.", keys, format="~%")
+    """Shares over the run, with that which chooses the best; a loss that does so has a chart of its own."""
+    chooses = (facts.settings.get("evaluation") or {}).get("best") or Evaluation().best
+    called = {"top1": "top-1", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
+    called |= {name: results.METRICS[name].split(" (each")[0] for name in (chooses,) if name not in called}
+    found = selection.best(facts.series(f"val/{chooses}"), chooses)
+    about = f"Best {called[chooses]} {results.figure(chooses, found[1])}, at step {found[0]:,}." if found else ""
+    keys = {name: f"val/{metric}" for metric, name in called.items() if metric != "loss"}
+    return of(facts, "quality", "Quality", about, keys, format="~%")
 
 
 def peaks(facts: Facts) -> dict[str, float]:
