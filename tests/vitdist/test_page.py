@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.vitdist.test_report import made, make_run
-from vitdist import rundir
-from vitdist.report import facts, words
+from tests.vitdist.test_report import give_recipe, made, make_run
+from vitdist import config, rundir
+from vitdist.report import charts, facts, words
 from vitdist.rundir import RunDir
 
 STEP = "train/global_step"
@@ -69,3 +69,46 @@ def test_a_start_that_has_written_nothing_yet_is_not_silent(tmp_path: Path) -> N
     began = datetime.fromtimestamp(now - 60, UTC).isoformat()
     rundir.publish_json(run.attempt(1).train, {"state": "running", "resumed_from": 5, "started": began})
     assert "nothing was written" not in words.verdict(facts.read(run))[1]
+
+
+def test_classes_without_validation_samples_are_counted_and_not_the_hardest(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ["fine", "hard", "unseen"])
+    scores = {"precision": 0.5, "f1": 0.5}
+    each = [("fine", 8, 0.9), ("hard", 4, 0.1), ("unseen", 0, 0.0)]
+    seen = made(evaluated(run, per_class=[{"name": n, "support": s, "recall": r, **scores} for n, s, r in each])).seen()
+    assert "at step 200. 1 class has no validation samples." in seen
+    assert "hard4 50.0% 10.0% 0.500 fine8" in seen
+    assert "unseen0" not in seen
+
+
+@pytest.mark.parametrize(("val", "judged"), [("elsewhere", False), (None, True)])
+def test_what_was_measured_on_other_data_is_not_judged(tmp_path: Path, val: str | None, judged: bool) -> None:
+    run = make_run(tmp_path)
+    settings = config.read_yaml(run.config)
+    settings["data"]["val"] = val or settings["data"]["val"]
+    give_recipe(run, "# Expected: at least 95 %.", settings)
+    seen = made(run).seen()
+    assert ("This run is 3.3 points below that." in seen) == judged
+    assert ("at least 95 %. This run was measured on other data" in seen) != judged
+
+
+@pytest.mark.parametrize(
+    ("chooses", "about", "more"),
+    [
+        ("top1", "Best top-1 90.0 %, at step 5.", []),
+        ("balanced_accuracy", "Best balanced accuracy 90.0 %, at step 2.", []),
+        ("calibration_error", "Best calibration error (ECE) 10.0 %, at step 9.", ["calibration error (ECE)"]),
+        ("loss", "Best loss 0.300, at step 9.", []),
+        ("auroc", "", []),
+    ],
+)
+def test_quality_has_the_metric_that_chooses(tmp_path: Path, chooses: str, about: str, more: list[str]) -> None:
+    run = make_run(tmp_path, ["cat", "dog"])
+    run.config.write_text(run.config.read_text().replace("best: top1", f"best: {chooses}"))
+    each = [(2, 0.5, 0.4, 0.9, 0.7, 0.3), (5, 0.9, 0.6, 0.5, 0.5, 0.2), (9, 0.6, 0.7, 0.6, 0.3, 0.1)]
+    names = ("val/top1", "val/macro_f1", "val/balanced_accuracy", "val/loss", "val/calibration_error")
+    rows(run, *({STEP: step, **dict(zip(names, of, strict=True))} for step, *of in each))
+    chart = charts.quality(facts.read(run))
+    assert chart is not None
+    assert chart.about == about
+    assert list(chart.curves) == ["top-1", "macro-F1", "balanced accuracy", *more]

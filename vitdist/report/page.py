@@ -163,7 +163,9 @@ def expectation(facts: Facts) -> str:
     if found is None or not found.expected:
         return ""
     text = f"Expected by {found.name}: {found.expected}"
-    if facts.record["state"] == "done" and found.lowest is not None and "top1" in scores:
+    if any(name == "data.val" for name, _, _ in found.changed):
+        text += " This run was measured on other data, so that it is not held against that."
+    elif facts.record["state"] == "done" and found.lowest is not None and "top1" in scores:
         missing = found.lowest - 100 * scores["top1"]
         text += f" This run is {missing:.1f} points below that." if missing > 0.05 else " This run reached that."
         text += f" Settings changed: {len(found.changed)}." if found.changed else ""
@@ -394,12 +396,14 @@ def classes(facts: Facts) -> Markup:
             between(c.get("recall_interval")),
             f"{c['f1']:.3f}",
         )
-        for c in sorted(found["per_class"], key=lambda c: c["f1"])
+        for c in results.worst_first(found, len(names))[0]
     ]
     columns: tuple[str, ...] = ("class", "samples", "precision", "recall", "its 95% interval", "F1")
     if not any(c.get("recall_interval") for c in found["per_class"]):
         columns, rows = columns[:4] + columns[5:], [row[:4] + row[5:] for row in rows]
     kind = "scores with-interval" if len(columns) > 5 else "scores"
+    absent = len(found["per_class"]) - len(rows)
+    unseen = f" {absent:,} class{'es have' if absent > 1 else ' has'} no validation samples." if absent else ""
     few = LISTED if len(rows) > MATRIX else len(rows)
     rest = f"The other {len(rows) - few:,} classes"
     title = f"The {few} hardest of {len(rows):,}" if few < len(rows) else "Every class, the hardest first"
@@ -411,7 +415,7 @@ def classes(facts: Facts) -> Markup:
     both = [matrix(names, confusion), often] if len(names) > 1 else []
     return section(
         "Classes",
-        note(f"Measured on {int(confusion.sum()):,} validation samples at step {found['step']:,}."),
+        note(f"Measured on {int(confusion.sum()):,} validation samples at step {found['step']:,}.{unseen}"),
         search(
             f"{len(rows):,} classes",
             table(columns, rows[:few], title, kind),
