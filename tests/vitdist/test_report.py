@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitdist import config, rundir
+from vitdist import config, faults, rundir
 from vitdist.data import index
 from vitdist.report import charts, facts, page, words
 from vitdist.rundir import RunDir
@@ -572,6 +572,36 @@ def test_the_fault_of_a_rank_is_the_cause_and_not_what_it_led_to(tmp_path: Path)
     assert seen.count(cause) == 2
     assert seen.count("To do: read the stacks of the rank") == 2
     assert "connection closed" not in seen
+
+
+@pytest.mark.parametrize(
+    ("cause", "remedy"),
+    [
+        ("rank 1 was killed by SIGKILL, as the kernel does when memory runs out (rank-1.log)", "SIGKILL is most often"),
+        ("node2 went away", ""),
+    ],
+)
+def test_the_launcher_knows_what_the_ranks_that_are_left_do_not(tmp_path: Path, cause: str, remedy: str) -> None:
+    error = {"type": "RuntimeError", "message": "connection closed by peer", "rank": 0, "step": 230}
+    run = make_run(tmp_path, state="failed", error=error, ended=None)
+    note_fault(run, 0, 0, word="peer_lost", cascade=True, step=230, message="connection closed by peer")
+    rundir.publish_json(run.attempt(0).job, {"state": "failed", "cause": cause, "job_id": "7", "hosts": ["node1"]})
+    (start,) = facts.read(run).starts
+    assert (start.why, start.last, start.ended) == (cause, 230, 1.8e9 + 300)
+    seen = made(run).seen()
+    assert f"Failed at step 230 of 200. {cause}." in seen
+    assert "connection closed" not in seen
+    assert ("To do: " + remedy in seen) if remedy else ("To do" not in seen)
+
+
+def test_the_launchers_words_of_a_peer_that_was_lost_are_no_better(tmp_path: Path) -> None:
+    run = make_run(tmp_path, state="failed", ended=None)
+    note_fault(run, 0, 0, word="peer_lost", cascade=True)
+    cause = faults.line(faults.read(run.attempt(0))[0])
+    rundir.publish_json(run.attempt(0).job, {"state": "failed", "cause": cause})
+    (start,) = facts.read(run).starts
+    assert start.why.startswith("peer lost (rank 0 on node0, step 180")
+    assert start.remedy == faults.WORDS["peer_lost"]
 
 
 def test_a_fault_ends_a_start_whose_trainer_could_not_say_so(tmp_path: Path) -> None:

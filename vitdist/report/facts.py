@@ -113,24 +113,28 @@ def read(run: RunDir) -> Facts:
 def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None) -> Start:
     record, job = rundir.read_json(attempt.train) or {}, rundir.read_json(attempt.job) or {}
     noted = faults.read(attempt)
-    fault = faults.root(noted) or next(iter(noted), None)
+    fault = heard = faults.root(noted) or next(iter(noted), None)
     state = record.get("state", "running")
     if state == "running":
         known = job.get("state") in ("done", "failed", "refused", "stopped", "requeued")
         # lost: no one lived to say how it ended
         state = job["state"] if known else "failed" if fault else "running" if newest else "lost"
     if state in ("done", "stopped"):
-        fault = None  # a rank that lost the others while all were leaving
+        fault = heard = None  # a rank that lost the others while all were leaving
     error, first = record.get("error"), record.get("resumed_from") or 0
-    why = f"{error['type']}: {error['message']}" if error else record.get("reason") or job.get("cause") or ""
+    told, remedy = _launched(str(job.get("cause") or ""))
+    why = f"{error['type']}: {error['message']}" if error else record.get("reason") or told
+    if fault and fault.cascade and told and not told.startswith(f"{fault.word},"):
+        why, fault = told, None  # of a rank that left no word itself: it was killed, or its node went away
     if fault:
+        remedy = faults.WORDS.get(fault.word, "")
         host, at = fault.host and f" on {fault.host}", fault.where and f" at {fault.where}"
         what = f"rank {fault.rank}{host}, step {fault.step:,}, {fault.phase}{at}"
         why = f"{fault.word.replace('_', ' ')} ({what}): {fault.type}: {fault.message}"
     hosts = list(dict.fromkeys(job.get("hosts") or ()))  # simulated nodes share one
     nodes = ", ".join(hosts[:8]) + (" ..." if hosts[8:] else "")
     began, ended = (record.get(key) or job.get(key) for key in ("started", "ended"))
-    seen = max(fault.time, seen or 0.0) if fault else seen
+    seen = max(heard.time, seen or 0.0) if heard else seen
     return Start(
         number=attempt.number,
         state=state,
@@ -139,12 +143,22 @@ def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None)
         began=datetime.fromisoformat(began).timestamp() if began else None,
         ended=datetime.fromisoformat(ended).timestamp() if ended else seen,
         first=first,
-        last=max(record.get("step") or 0, step, first, fault.step if fault else 0),
+        last=max(record.get("step") or 0, step, first, heard.step if heard else 0),
         trained="resumed_from" in record,
-        remedy=faults.WORDS.get(fault.word, "") if fault else "",
+        remedy=remedy if fault or why == told else "",
         events=list(record.get("events") or ()),
         left_out=record.get("events_left_out", 0),
     )
+
+
+def _launched(cause: str) -> tuple[str, str]:
+    """(what happened, what to do) of the launcher's words for an attempt's end."""
+    if "was killed by SIGKILL" in cause:
+        return cause, faults.WORDS["killed"]
+    for remedy in faults.WORDS.values():
+        if cause.endswith(f"; {remedy}"):
+            return cause.removesuffix(f"; {remedy}"), remedy
+    return cause, ""
 
 
 def undone(starts: Sequence[Start]) -> list[int]:

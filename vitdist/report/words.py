@@ -60,7 +60,8 @@ def verdict(facts: Facts) -> tuple[str, str]:
             return DONE, f"Trained to the end, {step:,} steps{took}{starts}{good and ': '}{good}."
         case "failed" | "refused":
             cause, noted = facts.starts[-1].why or "No cause is recorded", facts.starts[-1].remedy
-            rank = f" on rank {error['rank']}" if error.get("rank") is not None and not noted else ""
+            own = error.get("rank") is not None and not noted and cause.startswith(f"{error['type']}:")
+            rank = f" on rank {error['rank']}" if own else ""
             word, text = "failed", f"Failed at {place}{rank}. {cause.rstrip('.')}."
         case "stopped" | "requeued":
             word, why = "stopped", facts.starts[-1].why
