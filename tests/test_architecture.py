@@ -189,7 +189,6 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         "vitdist.report.charts": {"vitdist.results", "vitdist.selection"},
         "vitdist.report.markdown": {"vitdist.results"},
         "vitdist.report.compare": {"vitdist.results", "vitdist.scores", "vitdist.selection"},
-        "vitdist.report.compare_page": {"vitdist.results"},
         "vitdist.report.wandb_report": {"vitdist.results", "vitdist.selection"},
         "vitdist.sync": {"vitdist.upload", "vitdist.report", "vitdist.report.folders"},
         "vitdist.cli": {

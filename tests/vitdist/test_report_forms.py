@@ -433,6 +433,18 @@ def test_of_few_runs_with_other_values_each_the_order_counts() -> None:
     assert 0.05 < effect.chance < 0.12  # one or the other of 24 orders
 
 
+@pytest.mark.parametrize(("many", "told"), [(3, False), (5, True)])
+def test_a_best_value_in_the_middle_of_few_is_named_and_claims_no_share(tmp_path: Path, many: int, told: bool) -> None:
+    middle = many // 2
+    found = compared(
+        tmp_path, *({"top1": 0.9 - abs(i - middle) / 10, "optim.lr": 10.0 ** (i - 5)} for i in range(many))
+    )
+    seen = Page(compare_page.page(found, tmp_path / "runs")).seen()
+    best = words.figure(10.0 ** (middle - 5))
+    assert re.search(rf"optim\.lr ?{'1' if told else ''} best at {best}; trend r = [+-]0\.00, which sees no best", seen)
+    assert "0.0%" not in seen
+
+
 def test_names_that_do_not_repeat_explain_nothing() -> None:
     assert sweep.effects({"data.train": ["a", "b", "c"]}, [1.0, 2.0, 3.0]) == []
     assert sweep.effects({"x": [1, 1, 2, 2]}, [1.0] * 4)[0].chance == 1

@@ -23,7 +23,7 @@ from vitdist.report import charts, sweep
 from vitdist.report.charts import Chart
 from vitdist.report.facts import Facts, Points, Record, read
 from vitdist.report.sweep import Axis, Effect
-from vitdist.report.words import DONE, cost, duration, figure, going, verdict
+from vitdist.report.words import DONE, cost, duration, figure, going, percent, verdict
 from vitdist.rundir import RunDir
 
 SHOWN = 12  # runs with a colour in the charts, the best ones; the others are grey
@@ -391,6 +391,21 @@ class Swept:
     told: list[str]
     """The settings of each run, in a line."""
     effects: list[Effect]
+
+
+def effect_cells(effect: Effect, metric: str, many: int) -> tuple[str, str, str]:
+    """Share of the variance, p, and what was found, as text, of a setting of so many runs.
+
+    A rank correlation is 0 where the best value lies in the middle, the usual case: it claims no share.
+    """
+    if effect.correlation is None:
+        means = [f"{value}: {results.figure(metric, mean)}" for value, mean in effect.means[: sweep.MOST_TICKS]]
+        more = " ..." if len(effect.means) > sweep.MOST_TICKS else ""
+        return percent(effect.share), f"{effect.chance:.2g}", ", ".join(means) + more
+    pick = max if selection.higher_is_better(metric) else min
+    best, _ = pick(effect.means, key=lambda mean: mean[1])
+    trend = f"trend r = {effect.correlation:+.2f}, which sees no best value in the middle"
+    return "", f"{effect.chance:.2g}" if many >= sweep.CHANCE else "", f"best at {best}; {trend}"
 
 
 def swept(found: Comparison) -> Swept | None:

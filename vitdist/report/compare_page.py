@@ -8,12 +8,11 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from vitdist import results
 from vitdist.report import charts, compare, sweep
 from vitdist.report.compare import Comparison, Entry
 from vitdist.report.markup import bar, command, folded, html, join, listing, note, pair, section, table, wrap
 from vitdist.report.page import MOST_BUTTONS, document, drawn, figure_of
-from vitdist.report.words import DONE, figure, moment, percent
+from vitdist.report.words import DONE, figure, moment
 
 LISTED = 30  # runs in the table before the rest is folded away
 
@@ -129,26 +128,17 @@ def mattered(found: Comparison) -> Markup:
         "The stronger, the better; the best has the other colour.",
         {"columns": {}, "specification": specification},
     )
-    rows = [
-        (
-            effect.name,
-            bar(effect.share, percent(effect.share)),
-            f"{effect.chance:.2g}",
-            ", ".join(
-                f"{value}: {results.figure(found.metric, mean)}" for value, mean in effect.means[: sweep.MOST_TICKS]
-            )
-            + (" ..." if len(effect.means) > sweep.MOST_TICKS else "")
-            if effect.correlation is None
-            else f"rank correlation {effect.correlation:+.2f}",
-        )
-        for effect in swept.effects
-    ]
+    many, rows = len(swept.names), []
+    for effect in swept.effects:
+        share, chance, what = compare.effect_cells(effect, found.metric, many)
+        rows.append((effect.name, bar(effect.share, share) if share else "", chance, what))
     columns = ("setting", "explains", "p", "mean result by value")
-    many = len(swept.names)
     text = (
         f"Of {many} finished runs: the share of the variance that each setting explains by itself, and how often "
         "results in a random order would be explained as well (p)."
     )
+    if any(effect.correlation is not None for effect in swept.effects):
+        text += " Settings with another value in nearly every run have their best value and trend instead."
     few = " With so few runs only strong effects can be seen." if many < compare.MANY else ""
     made = wrap('<div class="wide" tabindex="0">{}</div>', table(columns, rows, "The strongest first", "effects"))
     return section("What mattered", lines, note(text + few), made)

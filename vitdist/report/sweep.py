@@ -19,6 +19,7 @@ from vitdist.report.words import figure
 
 FEWEST = 3  # runs from which on there is something to tell
 PERMUTATIONS = 2000
+CHANCE = 5  # runs from which on a rank correlation has a p: of fewer, no order is below 0.05
 THIRDS = 9  # runs from which on a setting of many values is looked at in thirds
 MOST_AXES = 8
 MOST_TICKS = 8
