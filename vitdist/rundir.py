@@ -236,11 +236,17 @@ def publish_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The record at `path`, or None if none was published. Raises ValueError for one of a newer schema."""
+    """The record at `path`, or None if none was published. Raises ValueError for a damaged or a newer one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except json.JSONDecodeError as error:
+        raise json.JSONDecodeError(f"{path}: is damaged ({error.msg})", error.doc, error.pos) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is damaged ({error})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("schema", 0), int):
+        raise ValueError(f"{path}: holds no record")
     if record.get("schema", 0) > SCHEMA:
         raise ValueError(f"{path}: written by a newer vitdist (schema {record['schema']}, this one reads {SCHEMA})")
     return record

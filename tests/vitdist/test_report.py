@@ -650,3 +650,13 @@ def test_the_first_inputs_are_shown_with_their_labels(tmp_path: Path) -> None:
     ]
     rundir.publish_json(run.inputs, {"pictures": [one | {"jpeg": "no picture"}]})
     assert "inputs.json cannot be read" in made(run).seen()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "null", "[]", '{"pictures": [', '{"pictures": 7}', '{"pictures": [1]}', '{"pictures": [{"jpeg": ""}]}'],
+)
+def test_damaged_inputs_take_only_their_pictures(tmp_path: Path, content: str) -> None:
+    run = make_run(tmp_path)
+    run.inputs.write_text(content)
+    assert "inputs.json cannot be read" in made(run).seen()

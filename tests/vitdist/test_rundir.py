@@ -45,6 +45,25 @@ def test_records_of_a_newer_version_are_refused(tmp_path: Path) -> None:
     assert rundir.read_json(tmp_path / "none") is None
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is damaged"),
+        (b'{"state": "do', "is damaged"),
+        (b"\xff\xfe", "is damaged"),
+        (b"[" * 100_000, "is damaged"),
+        (b"[1]", "holds no record"),
+        (b"null", "holds no record"),
+        (b'{"schema": "1"}', "holds no record"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "train.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"train.json: {said}"):
+        rundir.read_json(path)
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a b", "a\nb", "$(x)", "-x", "a" * 101, "é"])
 def test_names_that_are_no_folder_or_job_name(name: str) -> None:
     with pytest.raises(ValueError, match="run name"):

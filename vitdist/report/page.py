@@ -240,10 +240,10 @@ def data(facts: Facts) -> Markup:
 
 def inputs(facts: Facts) -> Markup:
     """The first pictures as the model got them."""
-    kept = (rundir.read_json(facts.run.inputs) or {}).get("pictures", ())
     try:
+        kept = (rundir.read_json(facts.run.inputs) or {}).get("pictures", ())
         pictures = [(one["label"], thumbnail(base64.b64decode(one["jpeg"]))) for one in kept]
-    except UNREADABLE as error:
+    except (*UNREADABLE, TypeError) as error:
         return note(f"{facts.run.inputs.name} cannot be read: {error}")
     items = [html('<li><img src="{1}" alt="Input of the model: {0}"><p>{0}</p></li>', *picture) for picture in pictures]
     heading = "<h3>As the model got them</h3><p>The first ones, augmented and mixed, with their labels.</p>"
