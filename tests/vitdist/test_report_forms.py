@@ -463,6 +463,16 @@ def test_better_is_above() -> None:
     assert sweep.result("top-1", [3.0, 1.0], True, str).ticks[-1] == (1.0, "3.0")
 
 
+def test_how_a_run_is_measured_and_saved_does_not_matter(tmp_path: Path) -> None:
+    idle = ("evaluation.batch", "checkpoint.keep", "train.seed")
+    changes = [{"top1": 0.8 + i / 100, "optim.lr": 1e-3 * i, **dict.fromkeys(idle, i)} for i in range(1, 5)]
+    found = compared(tmp_path, *changes)
+    assert {*idle, "optim.lr"} == set(found.varied)
+    swept = compare.swept(found)
+    assert swept
+    assert [effect.name for effect in swept.effects] == ["optim.lr"]
+
+
 def test_a_sweep_draws(tmp_path: Path) -> None:
     """With settings of all kinds, Vega-Lite takes it; the unfinished run is left out."""
     found = compared(

@@ -37,6 +37,8 @@ PAIRED = ("top1", "balanced_accuracy", "macro_f1")
 """Metrics of labels and predicted classes alone, which predictions.npz holds for each sample."""
 APART = ("tracking.",)
 """Settings that say nothing of how a run trains."""
+IDLE = ("evaluation.", "checkpoint.", "train.seed")
+"""Settings that differ, but are nothing to choose: how a run is measured and saved. Seeds repeat a run."""
 
 
 @dataclass(frozen=True)
@@ -411,8 +413,7 @@ def effect_cells(effect: Effect, metric: str, many: int) -> tuple[str, str, str]
 def swept(found: Comparison) -> Swept | None:
     """None for too few finished runs, or for settings that do not differ among them."""
     done = [entry for entry in found.valued if entry.word == DONE]
-    # Seeds repeat a run, they are nothing to choose.
-    values = {n: [entry.settings.get(n) for entry in done] for n in found.varied if n != "train.seed"}
+    values = {n: [entry.settings.get(n) for entry in done] for n in found.varied if not n.startswith(IDLE)}
     values = {name: of for name, of in values.items() if len({_key(value) for value in of}) > 1}
     if len(done) < sweep.FEWEST or not found.comparable:
         return None
