@@ -6,6 +6,8 @@
 The pictures are read from the shards that the settings name.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -41,11 +43,14 @@ class Predictions(NamedTuple):
 
 
 def predictions(run: RunDir) -> Predictions | None:
-    """Those of the newest evaluation, None before the first. Raises OSError, ValueError and KeyError for a bad file."""
+    """Those of the newest evaluation, None before the first. Raises OSError, and ValueError for a damaged file."""
     if not run.predictions.exists():
         return None
-    with np.load(run.predictions) as kept:
-        return Predictions(*(kept[name] for name in Predictions._fields))
+    try:
+        with np.load(run.predictions) as kept:
+            return Predictions(*(kept[name] for name in Predictions._fields))
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{run.predictions}: is damaged ({error})") from None
 
 
 def mistakes(run: RunDir, most: int) -> list[Seen]:

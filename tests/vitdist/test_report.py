@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitdist import config, faults, rundir
+from vitdist import config, faults, gallery, rundir
 from vitdist.data import index
 from vitdist.report import charts, facts, page, words
 from vitdist.rundir import RunDir
@@ -367,6 +367,18 @@ def test_shards_that_went_away_take_only_the_pictures(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (tmp_path / "val" / "000.tar").unlink()
     assert "1 of 12 validation samples are classified wrong; their pictures cannot be read here" in made(run).seen()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 300, None])
+def test_damaged_predictions_take_only_the_pictures(tmp_path: Path, kept: int | None) -> None:
+    run = make_run(tmp_path)
+    whole = run.predictions.read_bytes()
+    run.predictions.write_bytes(whole[:kept] if kept is not None else whole.replace(b"PK", b"pk"))
+    with pytest.raises(ValueError, match=r"predictions\.npz: is damaged"):
+        gallery.predictions(run)
+    seen = made(run).seen()
+    assert "Worst mistakesThe predictions cannot be read: " in seen
+    assert "predictions.npz: is damaged" in seen
 
 
 def test_mistakes_are_shown_enlarged_without_blur(tmp_path: Path) -> None:

@@ -519,7 +519,10 @@ def calibration(facts: Facts) -> Markup:
 
 def mistakes(facts: Facts) -> Markup:
     """The most confident mistakes as pictures out of the validation shards."""
-    found = gallery.predictions(facts.run)
+    try:
+        found = gallery.predictions(facts.run)
+    except UNREADABLE as error:
+        return section("Worst mistakes", note(f"The predictions cannot be read: {error}"))
     if not facts.evaluation or found is None:
         return Markup()
     wrong, count = int((found.labels != found.predicted).sum()), len(found.labels)
