@@ -261,6 +261,27 @@ def test_the_same_data_under_another_path_are_no_difference(tmp_path: Path) -> N
     assert compared(tmp_path, {}, {"data.train": "elsewhere/train"}).varied == []
 
 
+@pytest.mark.parametrize(("one", "other"), [("40GB", "80GB"), ("HBM3", "PCIe")])
+def test_machines_differ_by_the_end_of_their_name(tmp_path: Path, one: str, other: str) -> None:
+    gpus = [f"NVIDIA A100-SXM4 {end}" for end in (one, other, other)]
+    told = compared(tmp_path, *({"record": {"device": device}} for device in gpus)).warnings
+    assert told == [
+        "Ran on different machines, so times, cost and images/s cannot be compared "
+        f"(2 x {gpus[0]}: a; 2 x {gpus[1]}: b and c)."
+    ]
+
+
+def test_uncommitted_changes_are_other_code(tmp_path: Path) -> None:
+    runs = several(tmp_path, {}, {}, {})
+    assert not compare.read_all(runs).warnings
+    for run, change in zip(runs, "xxy", strict=True):
+        run.patch.write_text(change)
+    (told,) = compare.read_all(runs).warnings
+    assert re.fullmatch(
+        r"Ran with different code, .+ \(0123456789ab\+[0-9a-f]{6}: a and b; 0123456789ab\+[0-9a-f]{6}: c\)\.", told
+    )
+
+
 def test_seeds_alone_are_averaged(tmp_path: Path) -> None:
     found = compared(tmp_path, *({"top1": 0.8 + i / 100, "train.seed": i} for i in range(3)))
     assert (
@@ -296,6 +317,16 @@ def test_intervals_stand_in_where_answers_are_missing(tmp_path: Path) -> None:
     )
     told = [compare.standing(found, entry) for entry in found.entries]
     assert told == ["best", "within noise (intervals overlap)", "behind", ""]
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_intervals_stand_in_where_answers_are_cut_off(tmp_path: Path, size: int) -> None:
+    between = ({"top1": 0.9, "intervals": {"top1": [0.88, 0.92]}}, {"top1": 0.89, "intervals": {"top1": [0.87, 0.91]}})
+    runs = several(tmp_path, *between, answers=[[0, 1], [1, 1]])
+    with open(runs[1].predictions, "r+b") as file:
+        file.truncate(size)
+    found = compare.read_all(runs)
+    assert [compare.standing(found, entry) for entry in found.entries] == ["best", "within noise (intervals overlap)"]
 
 
 @pytest.mark.parametrize(("b_alone", "a_alone"), [(0, 0), (3, 3), (8, 2), (20, 2)])

@@ -6,9 +6,11 @@
 A run that failed or goes on is there too, with its state.
 """
 
+import hashlib
 import json
 import math
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,7 +168,7 @@ def _entry(facts: Facts, name: str) -> Entry:
         cost=cost(facts),
         fast=facts.about("summary").get("images_per_s") or facts.middle("perf/images_per_s"),
         ranks=f"{record['world']} x {record.get('device', 'rank')}" if "world" in record else "",
-        code=(facts.env.get("commit") or "")[:12] + ("+" if facts.env.get("dirty") else ""),
+        code=_code(facts),
         train=(data.get("train") or {}).get("digest", ""),
         val=(data.get("val") or {}).get("digest", ""),
         batch=facts.about("batch").get("global_batch", 0),
@@ -176,20 +178,29 @@ def _entry(facts: Facts, name: str) -> Entry:
 
 def _warnings(entries: Sequence[Entry]) -> list[str]:
     told = []
-    for what, differ, so in (
-        ("val", "Measured on different validation sets", "these figures cannot be compared"),
-        ("train", "Trained on different data", "differences may come from there"),
-        ("code", "Ran with different code", "differences may come from there"),
-        ("ranks", "Ran on different machines", "times, cost and images/s cannot be compared"),
+    for what, differ, so, length in (
+        ("val", "Measured on different validation sets", "these figures cannot be compared", 16),
+        ("train", "Trained on different data", "differences may come from there", 16),
+        ("code", "Ran with different code", "differences may come from there", None),
+        ("ranks", "Ran on different machines", "times, cost and images/s cannot be compared", None),
     ):
         groups: dict[str, list[str]] = {}
         for entry in entries:
             if of := getattr(entry, what):
-                groups.setdefault(of[:16], []).append(entry.name)
+                groups.setdefault(of, []).append(entry.name)
         if len(groups) > 1:
-            which = "; ".join(f"{of}: {_some(names)}" for of, names in groups.items())
+            which = "; ".join(f"{of[:length]}: {_some(names)}" for of, names in groups.items())
             told.append(f"{differ}, so {so} ({which}).")
     return told
+
+
+def _code(facts: Facts) -> str:
+    """The commit, of a run with uncommitted changes with a digest of them."""
+    changes = ""
+    if facts.env.get("dirty"):
+        patch = facts.run.patch
+        changes = "+" + (hashlib.sha256(patch.read_bytes()).hexdigest()[:6] if patch.exists() else "")
+    return (facts.env.get("commit") or "")[:12] + changes
 
 
 def _some(names: Sequence[str]) -> str:
@@ -204,10 +215,14 @@ def _against(best: Entry, other: Entry, metric: str) -> float | None:
     """How often chance alone would put two equally good runs so far apart on these samples."""
     if metric not in PAIRED or not (best.run.predictions.exists() and other.run.predictions.exists()):
         return None
-    with np.load(best.run.predictions) as a, np.load(other.run.predictions) as b:
-        if not all(np.array_equal(a[name], b[name]) for name in ("ids", "labels")):
-            return None
-        return chance(a["labels"], a["predicted"], b["predicted"], metric)
+    try:
+        with np.load(best.run.predictions) as a, np.load(other.run.predictions) as b:
+            if not all(np.array_equal(a[name], b[name]) for name in ("ids", "labels")):
+                return None
+            labels, answers = a["labels"], (a["predicted"], b["predicted"])
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None  # empty, cut off or another file: the intervals stand in
+    return chance(labels, *answers, metric)
 
 
 def chance(labels: np.ndarray, a: np.ndarray, b: np.ndarray, metric: str) -> float:
