@@ -180,6 +180,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
             "vitdist.data",
             "vitdist.data.index",
             "vitdist.faults",
+            "vitdist.gallery",
             "vitdist.history",
             "vitdist.ledger",
         },

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitdist import config
+from vitdist import config, rundir
 from vitdist.data.index import Index
 from vitdist.rundir import RunDir
 
@@ -71,11 +71,12 @@ def spread(run: RunDir, most: int) -> list[Seen]:
 
 
 def seen(run: RunDir, found: Predictions, places: Iterable[int]) -> list[Seen]:
-    """The samples at `places` of `found`. Raises OSError and ValueError where the shards cannot be read."""
+    """The samples at `places` of `found`. Raises OSError and ValueError where the shards are out of reach or others."""
     try:
         shards = Index.open(config.read_yaml(run.config)["data"]["val"], check=False)
     except KeyError as error:
         raise ValueError(f"{run.config} has no data.val") from error
+    same(run, "val", shards)
     return [
         Seen(
             int(found.ids[k]),
@@ -87,3 +88,10 @@ def seen(run: RunDir, found: Predictions, places: Iterable[int]) -> list[Seen]:
         )
         for k in places
     ]
+
+
+def same(run: RunDir, kind: str, shards: Index) -> None:
+    """Raises ValueError where `shards` are not those that the run recorded as its "train" or "val" set."""
+    recorded = ((rundir.state(run).get("data") or {}).get(kind) or {}).get("digest")
+    if recorded and not shards.digest.startswith(recorded):
+        raise ValueError(f"{shards.folder} changed since the run: its digest is {shards.digest[:12]}, was {recorded}")

@@ -381,6 +381,18 @@ def test_damaged_predictions_take_only_the_pictures(tmp_path: Path, kept: int | 
     assert "predictions.npz: is damaged" in seen
 
 
+def test_shards_that_were_packed_anew_are_not_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for part in ("train", "val"):
+        (tmp_path / part).rename(tmp_path / f"{part}-before")
+        make_shards(tmp_path / part, [0] * 30, NAMES)
+    page = made(run)
+    assert page.seen().count("changed since the run") == 2
+    assert not [tag for tag, attributes in page.tags if (attributes.get("alt") or "").startswith(("Training", "Valid"))]
+    assert facts.class_counts(facts.read(run), "train") == {}
+    assert facts.class_counts(facts.read(run), "val") == dict.fromkeys(NAMES, 4)
+
+
 def test_mistakes_are_shown_enlarged_without_blur(tmp_path: Path) -> None:
     page = made(make_run(tmp_path))
     (source,) = [a["src"] or "" for tag, a in page.tags if (a.get("alt") or "").startswith("Validation sample 0: ")]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vitdist import config, faults, history, ledger, rundir
+from vitdist import config, faults, gallery, history, ledger, rundir
 from vitdist.config import Config
 from vitdist.data import index
 from vitdist.data.index import Index
@@ -207,17 +207,19 @@ def confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
 
 
 def shards(facts: Facts, kind: str) -> Index:
-    """The "train" or "val" set; several as one. Raises OSError, ValueError and KeyError where it is out of reach."""
+    """The "train" or "val" set; several as one. Raises OSError, ValueError, KeyError where it is out of reach."""
     if kind not in facts.sets:
         try:
             given = facts.settings["data"][kind]
-            facts.sets[kind] = index.join([Index.open(one) for one in ([given] if isinstance(given, str) else given)])
+            found = index.join([Index.open(one) for one in ([given] if isinstance(given, str) else given)])
+            gallery.same(facts.run, kind, found)
+            facts.sets[kind] = found
         except (OSError, ValueError, KeyError) as error:
             facts.sets[kind] = error
-    found = facts.sets[kind]
-    if isinstance(found, Exception):
-        raise found
-    return found
+    kept = facts.sets[kind]
+    if isinstance(kept, Exception):
+        raise kept
+    return kept
 
 
 def class_counts(facts: Facts, kind: str) -> dict[str, int]:
