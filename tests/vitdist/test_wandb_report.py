@@ -97,6 +97,16 @@ def test_sections_of_a_run_in_the_order_of_the_page(tmp_path: Path) -> None:
         assert part in tables(found), part
 
 
+def test_use_of_the_nodes_is_said_to_be_of_all(tmp_path: Path) -> None:
+    run = tracked(tmp_path)
+    with open(run.metrics, "a") as file:
+        more = {"sys/cpu_pct": 90.0, "sys/ram_pct": 9.0, "sys/gpu_pct": 50.0}
+        file.writelines(json.dumps({"attempt": 0, "train/global_step": s, **more}) + "\n" for s in (201, 202))
+    titles = {tuple(panel["config"].get("metrics", ())): panel["config"]["chartTitle"] for panel in panels(blocks(run))}
+    assert titles["sys/cpu_pct", "sys/ram_pct"] == "Processors, mean of all nodes, and memory of the fullest, %"
+    assert titles["sys/gpu_pct",] == "GPUs, mean of all nodes, %"
+
+
 def test_panels_show_exactly_the_runs(tmp_path: Path) -> None:
     run = tracked(tmp_path)
     settings = config.read_yaml(run.config)

@@ -168,8 +168,8 @@ SPEED: list[Curves] = [
     ("Seconds a step", ("perf/step_p50_s", "perf/step_p95_s", "perf/step_max_s")),
     ("MFU, % of the FLOPs that the GPU can do", ("perf/mfu_pct",)),
     ("GPU memory, GiB", ("perf/memory_gib",)),
-    ("Processors and memory of the first node, %", ("sys/cpu_pct", "sys/ram_pct")),
-    ("GPUs of the first node, %", ("sys/gpu_pct",)),
+    ("Processors, mean of all nodes, and memory of the fullest, %", ("sys/cpu_pct", "sys/ram_pct")),
+    ("GPUs, mean of all nodes, %", ("sys/gpu_pct",)),
 ]
 LOGARITHMIC = {"optim/grad_norm", "optim/loss_scale", "lr/.*"}
 
