@@ -165,6 +165,31 @@ def test_markdown_shows_the_figures_that_were_made(tmp_path: Path) -> None:
     assert "![loss](../runs/tiny/figures/loss.png)" in elsewhere.read_text()
 
 
+def test_markdown_shows_no_figures_of_other_runs(tmp_path: Path) -> None:
+    a, b, c = several(tmp_path, {}, {}, {})
+    home = tmp_path / "runs"
+    forms.drawings([a, b], home, None)
+    rundir.publish(home / "comparison-figures" / "sweep.png", b"")  # of an earlier comparison
+    shown, other = forms.text([b, a], home, None).read_text(), forms.text([a, c], home, None).read_text()
+    assert "![quality](comparison-figures/quality.png)" in shown
+    assert "sweep.png" not in shown
+    assert "comparison-figures" not in other
+
+
+def test_a_sweep_is_made_again_by_its_folder(tmp_path: Path) -> None:
+    runs, home = several(tmp_path, {}, {}), tmp_path / "runs" / "lr"
+    again = "Make this page againvitdist report"
+    assert (
+        f"{again} {runs[0].path} {runs[1].path}"
+        in Page(forms.page(runs, home.parent, None).path.read_text(encoding="utf-8")).seen()
+    )
+    points = [{"folder": name, "overrides": []} for name in "ab"]
+    rundir.publish(home / "sweep.yaml", yaml.safe_dump({"points": points}))
+    page = forms.page(*folders.find([home]), None).path
+    assert page == home / "comparison.html"
+    assert Page(page.read_text(encoding="utf-8")).seen().endswith(f"{again} {home}")
+
+
 def test_code_in_markdown_cannot_end_its_block() -> None:
     assert markdown.block(["echo ```", "x"]) == "````sh\necho ```\nx\n````"
 

@@ -17,8 +17,8 @@ from vitdist.report.words import DONE, figure, moment
 LISTED = 30  # runs in the table before the rest is folded away
 
 
-def page(found: Comparison, home: Path, refresh_s: int = 0) -> str:
-    """The page that lies in the folder `home`."""
+def page(found: Comparison, home: Path, refresh_s: int = 0, named: Sequence[Path] = ()) -> str:
+    """The page that lies in the folder `home`, of runs that go by the folders `named`: a sweep by its own."""
     body = join(
         [
             head(found),
@@ -27,7 +27,7 @@ def page(found: Comparison, home: Path, refresh_s: int = 0) -> str:
             curves(found),
             mattered(found),
             ends(found),
-            again(found),
+            again(named or [entry.run.path for entry in found.entries]),
         ]
     )
     css = Path(__file__).with_name("compare.css").read_text(encoding="utf-8")
@@ -152,9 +152,8 @@ def ends(found: Comparison) -> Markup:
     )
 
 
-def again(found: Comparison) -> Markup:
+def again(named: Sequence[Path]) -> Markup:
     """The command, of runs that can be named in one."""
-    if len(found.entries) > LISTED:
+    if len(named) > LISTED:
         return Markup()
-    places = (str(entry.run.path) for entry in found.entries)
-    return section("Commands", command("Make this page again", shlex.join(["vitdist", "report", *places])))
+    return section("Commands", command("Make this page again", shlex.join(["vitdist", "report", *map(str, named)])))

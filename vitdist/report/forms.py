@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdist import rundir
-from vitdist.report import compare, compare_page, figures, markdown
+from vitdist.report import compare, compare_page, figures, folders, markdown
 from vitdist.report import page as pages
 from vitdist.report.facts import read
 from vitdist.report.words import going, verdict
 from vitdist.rundir import RunDir
+
+OF = "runs.json"
+"""Beside the figures of a comparison: of which runs they are. Others may share their common folder."""
 
 
 class Made(NamedTuple):
@@ -32,7 +35,9 @@ def page(runs: Sequence[RunDir], home: Path, out: Path | None, every_s: int = 0)
     if len(runs) > 1:
         place, found = out or home / "comparison.html", compare.read_all(runs)
         live = any(entry.going for entry in found.entries)
-        content, line = compare_page.page(found, place.parent, every_s if live else 0), " ".join(compare.head(found))
+        named = [home] if (home / folders.SWEEP).exists() else [run.path for run in runs]
+        content = compare_page.page(found, place.parent, every_s if live else 0, named)
+        line = " ".join(compare.head(found))
     else:
         place, facts = out or runs[0].report, read(runs[0])
         live = going(facts)
@@ -45,7 +50,7 @@ def text(runs: Sequence[RunDir], home: Path, out: Path | None, drawn: Sequence[P
     """The same in Markdown, with figures that were `drawn`, now or earlier."""
     several = len(runs) > 1
     place = out or (home / "comparison.md" if several else runs[0].path / "report.md")
-    pictures = drawn or _figures(runs, home).glob("*.png")
+    pictures = drawn or _drawn(runs, home)
     from_here = [Path(os.path.relpath(path, place.parent)) for path in pictures if path.suffix == ".png"]
     now = time.time()
     if several:
@@ -61,7 +66,27 @@ def drawings(runs: Sequence[RunDir], home: Path, folder: Path | None) -> list[Pa
     made = figures.of_runs(compare.read_all(runs)) if several else figures.of_run(read(runs[0]))
     if not made:
         raise ValueError(f"{home if several else runs[0].path}: there is nothing to draw before the second row")
-    return figures.write(made, folder or _figures(runs, home))
+    if folder or not several:
+        return figures.write(made, folder or _figures(runs, home))
+    shown, record = _figures(runs, home), _figures(runs, home) / OF
+    record.unlink(missing_ok=True)
+    paths = figures.write(made, shown)
+    about = {"runs": _named(runs, home), "figures": [path.name for path in paths]}
+    rundir.publish_json(record, about)
+    return paths
+
+
+def _drawn(runs: Sequence[RunDir], home: Path) -> list[Path]:
+    """Figures that were made earlier of these runs; of others in the same folder none."""
+    folder = _figures(runs, home)
+    if len(runs) == 1:
+        return list(folder.glob("*.png"))
+    record = rundir.read_json(folder / OF) or {}
+    return [folder / name for name in record.get("figures", ())] if record.get("runs") == _named(runs, home) else []
+
+
+def _named(runs: Sequence[RunDir], home: Path) -> list[str]:
+    return sorted(compare.relative(run.path, home) for run in runs)
 
 
 def _figures(runs: Sequence[RunDir], home: Path) -> Path:
