@@ -40,6 +40,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         "per_class": [
             dict(zip(names, column, strict=True)) | {"recall_interval": [0.123, 0.987]} for column in columns
         ],
+        "metrics": {"top1": 0.9166, "auroc": 0.987, "loss": 0.5, "samples": 1000},
+        "intervals": {"top1": [0.895, 0.934], "auroc": [0.981, 0.992]},
         "confusion": confusion.tolist(),
         "calibration": scores.calibration(np.linspace(0.1, 1, 1000), labels == predicted).bins(),
     }
