@@ -23,7 +23,7 @@ from PIL import Image
 
 from vitdist import config, faults, gallery, rundir
 from vitdist.data import index
-from vitdist.report import charts, facts, page, words
+from vitdist.report import charts, facts, markdown, page, words
 from vitdist.rundir import RunDir
 
 NAMES = ["<script>alert(1)</script>", 'a "quoted" & long_name_' + "x" * 80, "Übergang"]
@@ -255,6 +255,47 @@ def test_verdict(tmp_path: Path, record: dict[str, Any], word: str, sentence: st
     run = make_run(tmp_path, **record)
     assert words.verdict(facts.read(run)) == (word, sentence)
     assert sentence in made(run).seen()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "none"),
+        (True, "true"),
+        (0.9999, "0.9999"),
+        (0.7525, "0.7525"),
+        (1e-05, "1e-05"),
+        (12345, "12345"),
+        ("bf16", "bf16"),
+        ("s3://user:secret@host/set", "s3://host/set"),
+        (["s3://user:secret@host/set", "b"], '["s3://host/set", "b"]'),
+        ({"a": [0.5, False]}, '{"a": [0.5, false]}'),
+    ],
+)
+def test_settings_are_shown_as_they_were(value: Any, said: str) -> None:
+    assert words.setting(value) == said
+
+
+def test_no_setting_is_rounded(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    settings = config.read_yaml(run.config)
+    settings["optim"]["ema"] = 0.9999
+    run.config.write_text(json.dumps(settings))
+    assert "optim.ema0.9999 " in made(run).seen()
+    assert "| `optim.ema` | 0.9999 |" in markdown.of_run(facts.read(run), 0.0, [])
+
+
+def test_every_start_costs_its_own_ranks(tmp_path: Path) -> None:
+    run = make_run(tmp_path, state="stopped", reason="SIGUSR2")
+    later = {"state": "done", "resumed_from": 200, "step": 300, "world": 8, "threads": 5, "device": "CPU"}
+    hour = {"started": "2026-11-23T12:00:00+00:00", "ended": "2026-11-23T13:00:00+00:00"}
+    early = {"state": "failed", "device": "CPU"} | hour  # it ended before it told how many it was
+    rundir.publish_json(run.attempt(1).train, early)
+    rundir.publish_json(run.attempt(2).train, later | hour)
+    found = facts.read(run)
+    assert words.cost(found) == ("92", "CPU core-hours")
+    found.record["device"] = "NVIDIA H200"
+    assert words.cost(found) == ("20", "GPU-hours")
 
 
 def test_cost_counts_every_rank_and_thread(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ class Start:
     events: list[Record]
     left_out: int
     """Events beyond those that its record holds."""
+    ranks: int = 0
+    """0 for one that ended before it told; the next too."""
+    threads: int = 0
+    """Of a rank."""
 
     @property
     def seconds(self) -> float:
@@ -148,6 +152,8 @@ def _start(attempt: rundir.Attempt, newest: bool, step: int, seen: float | None)
         remedy=remedy if fault or why == told else "",
         events=list(record.get("events") or ()),
         left_out=record.get("events_left_out", 0),
+        ranks=record.get("world", 0),
+        threads=record.get("threads", 0),
     )
 
 

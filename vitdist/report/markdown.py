@@ -13,7 +13,7 @@ from vitdist.report import compare
 from vitdist.report.compare import Comparison
 from vitdist.report.facts import Facts, differing
 from vitdist.report.page import expectation
-from vitdist.report.words import DONE, cost, duration, figure, goodput, moment, percent, reproduction, verdict
+from vitdist.report.words import DONE, cost, duration, figure, goodput, moment, percent, reproduction, setting, verdict
 
 HARDEST = 20  # classes in the table
 MOST_RUNS = 50  # in the table of a comparison
@@ -24,7 +24,7 @@ def of_run(facts: Facts, made: float, pictures: Iterable[Path]) -> str:
     """The report of one run, made at that time, with `pictures` by their paths from it."""
     word, sentence = verdict(facts)
     settings = [
-        (f"`{name}`", text(figure(value)), text(figure(usual))) for name, value, usual in differing(facts.settings)
+        (f"`{name}`", text(setting(value)), text(setting(usual))) for name, value, usual in differing(facts.settings)
     ]
     return document(
         f"# {text(facts.run.name)}: {word}",
@@ -46,7 +46,7 @@ def of_runs(found: Comparison, made: float, pictures: Iterable[Path]) -> str:
     columns, rows = compare.table(found)
     many = [] if len(found.varied) <= compare.BESIDE else found.varied
     beside = found.entries[:HARDEST]
-    differ = [(f"`{name}`", *(text(figure(entry.settings.get(name))) for entry in beside)) for name in many]
+    differ = [(f"`{name}`", *(text(setting(entry.settings.get(name))) for entry in beside)) for name in many]
     swept = compare.swept(found)
     effects = [
         (f"`{effect.name}`", percent(effect.share), f"{effect.chance:.2g}")

@@ -53,7 +53,18 @@ from vitdist.report.markup import (
     wide,
     wrap,
 )
-from vitdist.report.words import cost, duration, figure, goodput, moment, percent, reproduction, submission, verdict
+from vitdist.report.words import (
+    cost,
+    duration,
+    figure,
+    goodput,
+    moment,
+    percent,
+    reproduction,
+    setting,
+    submission,
+    verdict,
+)
 from vitdist.rundir import RunDir
 
 MATRIX = 20  # classes up to which a confusion matrix is a table that can be read
@@ -214,11 +225,11 @@ def what_ran(facts: Facts) -> Markup:
 def settings(facts: Facts) -> Markup:
     """Those that differ from the recipe; folded where there is one, those that are not the default."""
     base, columns = recipe(facts), ("setting", "value", "default")
-    differ = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
+    differ = [(name, setting(value), setting(usual)) for name, value, usual in differing(facts.settings)]
     title = "Settings that are not the default"
     if base is None:
         return table(columns, differ, title, "settings")
-    changed = [(name, figure(value), figure(usual)) for name, value, usual in base.changed]
+    changed = [(name, setting(value), setting(usual)) for name, value, usual in base.changed]
     return join(
         [
             table(("setting", "value", "recipe"), changed, f"Settings that differ from {base.name}", "settings")

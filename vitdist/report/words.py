@@ -1,6 +1,7 @@
 """A run in words and figures as people say them, for all forms of its report."""
 
 import argparse
+import json
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -32,6 +33,22 @@ def figure(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "none" if value is None else open_to_all(str(value))
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def setting(value: Any) -> str:
+    """A setting as it was given, with all its digits; URLs without what is secret in them."""
+    if value is None or isinstance(value, str):
+        return "none" if value is None else open_to_all(value)
+    return json.dumps(_open(value), ensure_ascii=False)
+
+
+def _open(value: Any) -> Any:
+    """`value` with all text in it open to all."""
+    if isinstance(value, dict):
+        return {key: _open(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_open(part) for part in value]
+    return open_to_all(value) if isinstance(value, str) else value
 
 
 def percent(share: float) -> str:
@@ -95,10 +112,11 @@ def going(facts: Facts) -> bool:
 
 def cost(facts: Facts) -> tuple[str, str]:
     """(how many, of what): GPU-hours of all starts together, on a CPU core-hours."""
-    hours = facts.seconds / 3600 * facts.record.get("world", 1)
-    if facts.record.get("device", "CPU") == "CPU":
-        return figure(hours * facts.record.get("threads", 1)), "CPU core-hours"
-    return figure(hours), "GPU-hours"
+    ranks, threads = facts.record.get("world", 1), facts.record.get("threads", 1)
+    gpu = facts.record.get("device", "CPU") != "CPU"
+    # A start that ended before it told how many it had counts as the newest does, as in the ledger.
+    parts = (s.seconds * (s.ranks or ranks) * (1 if gpu else s.threads or threads) for s in facts.starts)
+    return figure(sum(parts) / 3600), "GPU-hours" if gpu else "CPU core-hours"
 
 
 def goodput(starts: Sequence[Start]) -> str:
