@@ -620,6 +620,44 @@ def test_commands_resume_this_run_and_reproduce_another(tmp_path: Path) -> None:
     assert "Reproducepython launch/submit.py --name tiny-again" in seen
 
 
+@pytest.mark.parametrize("how", ["new code", "same code", "once"])
+def test_a_run_that_went_on_is_made_again_from_its_settings(tmp_path: Path, how: str) -> None:
+    run = make_run(tmp_path, state="stopped", reason="SIGTERM")
+    give_recipe(run, "# Expected: 1 %.")
+    first = {"argv": ["launch/submit.py", "--config", "/elsewhere/mine.yaml", "--name", "tiny"]}
+    again = {"argv": ["launch/submit.py", "--resume", "tiny", "--follow", "--yes", "optim.lr=0.1"]}
+    rundir.publish_json(run.env, again if how == "new code" else first)
+    rundir.publish_json(run.path / "env-before-attempt-1.json", first)
+    run.cluster.write_text("nodes: 2\n")
+    if how != "once":
+        later = {"state": "stopped", "resumed_from": 200, "step": 300, "reason": "SIGTERM"}
+        rundir.publish_json(run.attempt(1).train, later)
+    seen = made(run).seen()
+    command = f"python launch/submit.py --config {run.config} --nodes 2 --name tiny-again"
+    assert (f"Reproduce{command}" in seen) == (how != "once")
+    assert (f"Resumepython launch/submit.py --resume {run.path}" in seen) == (how != "once")
+    assert "--resume tiny --name" not in seen
+    assert "Expected by configs/mine.yaml: 1 %." in seen
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({"argv": ["launch/submit.py", "--config=/elsewhere/mine.yaml"]}, "configs/mine.yaml"),
+        ({"argv": ["launch/submit.py", "--config", "/elsewhere/mine.yaml"]}, "configs/mine.yaml"),
+        ({"argv": ["launch/submit.py"], "recipe": "configs/mine.yaml"}, "configs/mine.yaml"),
+        ({"argv": ["launch/submit.py", "--config"]}, None),
+        ({"argv": ["launch/submit.py"]}, None),
+    ],
+)
+def test_the_recipe_is_found_however_it_was_given(tmp_path: Path, env: dict[str, Any], name: str | None) -> None:
+    run = make_run(tmp_path)
+    give_recipe(run, "# Expected: 1 %.")
+    rundir.publish_json(run.env, env)
+    found = facts.recipe(facts.read(run))
+    assert (found.name if found else None) == name
+
+
 def note_fault(run: RunDir, attempt: int, rank: int, **about: Any) -> None:
     fault = {"rank": rank, "host": f"node{rank}", "step": 180, "phase": "training", "time": 1.8e9 + 300.0}
     fault |= {"word": "hang", "cascade": False, "type": "Hang", "message": "no progress for 600 s", "where": ""}

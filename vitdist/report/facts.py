@@ -269,10 +269,23 @@ class Recipe:
         return float(found[1]) if found else None
 
 
+def _given(facts: Facts) -> str:
+    """The recipe's file as the first start that named one had it; "" where none did."""
+    # A resume with other code keeps the records of the starts before it under these names.
+    kept = sorted(facts.run.path.glob("env-before-attempt-*.json"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    for env in (*((rundir.read_json(path) or {}) for path in kept), facts.env):
+        if env.get("recipe"):
+            return str(env["recipe"])
+        argv = [str(part) for part in env.get("argv") or ()]
+        for part, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+            if part == "--config" or part.startswith("--config="):
+                return following if part == "--config" else part.partition("=")[2]
+    return ""
+
+
 def recipe(facts: Facts) -> Recipe | None:
     """None of a run that was not submitted with one, or whose snapshot does not have it."""
-    argv = [str(part) for part in facts.env.get("argv") or ()]
-    given = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
+    given = _given(facts)
     file = facts.run.code / "configs" / Path(given).name
     if not given or not facts.settings or not file.is_file():
         return None

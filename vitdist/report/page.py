@@ -23,7 +23,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vitdist import gallery, results, rundir
-from vitdist.report import charts, folders
+from vitdist.report import charts
 from vitdist.report.charts import Chart
 from vitdist.report.facts import (
     Facts,
@@ -61,8 +61,8 @@ from vitdist.report.words import (
     moment,
     percent,
     reproduction,
+    resumption,
     setting,
-    submission,
     verdict,
 )
 from vitdist.rundir import RunDir
@@ -665,8 +665,6 @@ def commands(facts: Facts) -> Markup:
         "model": run.model,
         "code": run.code,
     }
-    direct = f"torchrun --nproc-per-node {facts.record.get('world', 1)} -m vitdist.train {at}"
-    resume = submission(facts.env, run.name, folders.overrides(run)) or direct
     use = f'classify = pipeline("image-classification", model={str(run.model)!r})'
     return section(
         "Files and commands",
@@ -674,7 +672,7 @@ def commands(facts: Facts) -> Markup:
         command("Predict", "from transformers import pipeline", use, 'classify("picture.jpg")')
         if run.model.exists()
         else Markup(),
-        command("Resume", resume) if facts.record["state"] != "done" else Markup(),
+        command("Resume", resumption(facts)) if facts.record["state"] != "done" else Markup(),
         command("Reproduce", *reproduction(facts)),
         command("Upload to Weights & Biases", f"vitdist sync {at}")
         if any(run.wandb.glob("offline-run-*"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vitdist import history, rundir
+from vitdist import config, history, rundir
 from vitdist.data import storage
 from vitdist.report import folders
 from vitdist.report.facts import Facts, Record, Start, undone, waits
@@ -159,4 +159,30 @@ def reproduction(facts: Facts) -> list[str]:
     lines = [f"git checkout {env['commit']}"] if env.get("commit") else []
     lines += [f"git apply {at}/patch.diff"] if env.get("dirty") and run.patch.exists() else []
     direct = f"torchrun --nproc-per-node {facts.record.get('world', 1)} -m vitdist.train {at}/config.yaml"
-    return [*lines, submission(env, f"{run.name}-again", folders.overrides(run)) or direct]
+    again = f"{run.name}-again"
+    if went_on(facts):  # its settings may be other than those of its first command
+        place = config.read_yaml(run.cluster) if run.cluster.exists() else {}
+        nodes = ["--nodes", str(place["nodes"])] if place.get("nodes") else []
+        return [*lines, shlex.join([*_SUBMIT, "--config", str(run.config), *nodes, "--name", again])]
+    return [*lines, submission(env, again, folders.overrides(run)) or direct]
+
+
+def resumption(facts: Facts) -> str:
+    """The command that goes on with the run."""
+    run = facts.run
+    if went_on(facts):
+        return shlex.join([*_SUBMIT, "--resume", str(run.path)])
+    direct = f"torchrun --nproc-per-node {facts.record.get('world', 1)} -m vitdist.train {shlex.quote(str(run.path))}"
+    return submission(facts.env, run.name, folders.overrides(run)) or direct
+
+
+_SUBMIT = ("python", "launch/submit.py")
+
+
+def went_on(facts: Facts) -> bool:
+    """Whether a run that was submitted was resumed: then no single command made it."""
+    argv = [str(part) for part in facts.env.get("argv") or ()]
+    if not argv or not argv[0].endswith("submit.py"):
+        return False
+    resumed = any(part == "--resume" or part.startswith("--resume=") for part in argv)
+    return resumed or sum(start.trained for start in facts.starts) > 1
