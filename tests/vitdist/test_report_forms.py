@@ -496,9 +496,21 @@ def test_a_best_value_in_the_middle_of_few_is_named_and_claims_no_share(tmp_path
         tmp_path, *({"top1": 0.9 - abs(i - middle) / 10, "optim.lr": 10.0 ** (i - 5)} for i in range(many))
     )
     seen = Page(compare_page.page(found, tmp_path / "runs")).seen()
-    best = words.figure(10.0 ** (middle - 5))
+    best = words.setting(10.0 ** (middle - 5))
     assert re.search(rf"optim\.lr ?{'1' if told else ''} best at {best}; trend r = [+-]0\.00, which sees no best", seen)
     assert "0.0%" not in seen
+
+
+def test_settings_have_all_their_digits_beside_each_other(tmp_path: Path) -> None:
+    values = [0.7525, 0.7535, 0.9999]
+    made = ({"top1": 0.8 + i / 100, "optim.lr": v} for i, v in enumerate(values))
+    found = compared(tmp_path, *made)
+    shown = Page(compare_page.page(found, tmp_path / "runs")).seen() + markdown.of_runs(found, 0.0, [])
+    assert all(str(value) in shown for value in values)
+    swept = compare.swept(found)
+    assert swept
+    assert [text for _, text in swept.axes[0].ticks] == ["0.7525", "0.7535", "0.9999"]
+    assert "lr 0.9999" in swept.told[0]
 
 
 def test_names_that_do_not_repeat_explain_nothing() -> None:

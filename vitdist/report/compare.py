@@ -25,7 +25,7 @@ from vitdist.report import charts, sweep
 from vitdist.report.charts import Chart
 from vitdist.report.facts import Facts, Points, Record, read
 from vitdist.report.sweep import Axis, Effect
-from vitdist.report.words import DONE, cost, duration, figure, going, percent, verdict
+from vitdist.report.words import DONE, cost, duration, figure, going, percent, setting, verdict
 from vitdist.rundir import RunDir
 
 SHOWN = 12  # runs with a colour in the charts, the best ones; the others are grey
@@ -382,7 +382,7 @@ def table(found: Comparison) -> tuple[list[str], list[list[str]]]:
                 "" if value is None else results.figure(metric, value),
                 results.between_words(metric, entry.intervals.get(metric)).replace("-", ""),
                 standing(found, entry),
-                *(figure(entry.settings.get(name)) for name in varied),
+                *(setting(entry.settings.get(name)) for name in varied),
                 *("" if entry.metrics.get(m) is None else results.figure(m, entry.metrics[m]) for m in more),
                 way,
                 steps,
@@ -443,5 +443,5 @@ def swept(found: Comparison) -> Swept | None:
     axes = [sweep.axis(called[effect.name], values[effect.name]) for effect in reversed(effects[: sweep.MOST_AXES])]
     better = selection.higher_is_better(found.metric)
     axes.append(sweep.result(_short(found.metric), result, better, lambda value: results.figure(found.metric, value)))
-    told = [", ".join(f"{name} {figure(of[i])}" for name, of in values.items()) for i in range(len(done))]
+    told = [", ".join(f"{name} {setting(of[i])}" for name, of in values.items()) for i in range(len(done))]
     return Swept([entry.name for entry in done], axes, told, effects)

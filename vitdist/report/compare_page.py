@@ -12,7 +12,7 @@ from vitdist.report import charts, compare, sweep
 from vitdist.report.compare import Comparison, Entry
 from vitdist.report.markup import bar, command, folded, html, join, listing, note, pair, section, table, wrap
 from vitdist.report.page import MOST_BUTTONS, document, drawn, figure_of
-from vitdist.report.words import DONE, figure, moment
+from vitdist.report.words import DONE, moment, setting
 
 LISTED = 30  # runs in the table before the rest is folded away
 
@@ -90,7 +90,7 @@ def settings(found: Comparison) -> Markup:
     if len(found.varied) <= compare.BESIDE:
         return Markup()
     shown = found.entries[:LISTED]
-    rows = [(name, *(figure(entry.settings.get(name)) for entry in shown)) for name in found.varied]
+    rows = [(name, *(setting(entry.settings.get(name)) for entry in shown)) for name in found.varied]
     made = table(("setting", *(entry.name for entry in shown)), rows, "A row for each of them", "differ")
     return section("Settings that differ", wrap('<div class="wide" tabindex="0">{}</div>', made))
 

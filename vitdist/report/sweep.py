@@ -15,7 +15,7 @@ import numpy as np
 
 from vitdist.report import charts
 from vitdist.report.charts import Specification
-from vitdist.report.words import figure
+from vitdist.report.words import figure, setting
 
 FEWEST = 3  # runs from which on there is something to tell
 PERMUTATIONS = 2000
@@ -56,7 +56,7 @@ def _effect(name: str, values: list[Any], results: np.ndarray) -> Effect | None:
     keys = [json.dumps(value, sort_keys=True) for value in values]
     distinct = sorted(set(keys), key=lambda key: _order(values[keys.index(key)]))
     codes = np.array([distinct.index(key) for key in keys])
-    labels, correlation = [figure(values[keys.index(key)]) for key in distinct], None
+    labels, correlation = [setting(values[keys.index(key)]) for key in distinct], None
     numbers = all(map(_numeric, values))
     if 2 * len(distinct) <= len(values) and (len(distinct) <= MOST_TICKS or not numbers):
         shares = _explained(codes, results)
@@ -65,7 +65,8 @@ def _effect(name: str, values: list[Any], results: np.ndarray) -> Effect | None:
     elif len(values) >= THIRDS:  # a correlation would not see a best value in the middle
         codes = codes * 3 // len(distinct)
         ends = [(i * len(distinct) + 2) // 3 for i in range(4)]
-        labels = [f"{labels[first]} to {labels[after - 1]}" for first, after in itertools.pairwise(ends)]
+        bounds = [figure(values[keys.index(key)]) for key in distinct]  # of a range, rounded ones say enough
+        labels = [f"{bounds[first]} to {bounds[after - 1]}" for first, after in itertools.pairwise(ends)]
         shares = _explained(codes, results)
     else:
         by_rank = _correlated(codes, results)
@@ -104,7 +105,7 @@ def _numeric(value: Any) -> bool:
 
 def _order(value: Any) -> tuple[bool, float, str]:
     """Numbers in their order, then words."""
-    return (False, value, "") if _numeric(value) else (True, 0.0, figure(value))
+    return (False, value, "") if _numeric(value) else (True, 0.0, setting(value))
 
 
 # ---- parallel coordinates --------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def axis(name: str, values: Sequence[Any]) -> Axis:
     if len(distinct) <= MOST_TICKS or not all(map(_numeric, distinct)):
         last = max(1, len(distinct) - 1)
         every = -(-len(distinct) // MOST_TICKS)
-        ticks = [(i / last, figure(value)) for i, value in enumerate(distinct) if i % every == 0]
+        ticks = [(i / last, setting(value)) for i, value in enumerate(distinct) if i % every == 0]
         return Axis(name, [distinct.index(value) / last for value in values], ticks)
     low, high = float(distinct[0]), float(distinct[-1])
     if low > 0 and high / low >= WIDE_RANGE:

@@ -35,6 +35,7 @@ from vitdist.report.words import (
     open_to_all,
     percent,
     reproduction,
+    setting,
     submission,
     verdict,
 )
@@ -248,8 +249,8 @@ def _what_ran(facts: Facts) -> list[Any]:
         ("code", (env.get("commit") or "")[:12] + (" with uncommitted changes" if env.get("dirty") else "")),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-    changed = [(name, figure(value), figure(usual)) for name, value, usual in base.changed] if base else []
-    differ = [(name, figure(value), figure(usual)) for name, value, usual in differing(facts.settings)]
+    changed = [(name, setting(value), setting(usual)) for name, value, usual in base.changed] if base else []
+    differ = [(name, setting(value), setting(usual)) for name, value, usual in differing(facts.settings)]
     own = f"Settings that differ from {base.name}" if base else ""
     return [
         _table(("what", "which"), [(name, value) for name, value in known if value]),
@@ -442,7 +443,7 @@ def _runs(found: Comparison) -> Any:
 def _settings(found: Comparison, kept: str, grid: Grid) -> list[Any]:
     """What differs between the runs, as a table and as W&B's panels; of a sweep also what mattered."""
     shown = found.varied[:MOST_SETTINGS]
-    rows = [[entry.name, *(figure(entry.settings[name]) for name in shown)] for entry in found.entries]
+    rows = [[entry.name, *(setting(entry.settings[name]) for name in shown)] for entry in found.entries]
     panels: list[Any] = []
     if len(found.valued) >= SWEEP and shown:
         result = wr.ParallelCoordinatesPlotColumn(
