@@ -39,6 +39,8 @@ class Parts:
     """The folder of the sweep that this is a point of: it has the code already."""
     new_code: bool
     """Whether the checkout is other than the last start's code, which is then kept beside it."""
+    recipe: str = ""
+    """The file of settings that a new run begins with, for env.json; one that goes on keeps its own."""
 
 
 @contextlib.contextmanager
@@ -114,6 +116,7 @@ def _freeze(run: RunDir, parts: Parts) -> None:
     """The code of this start, the last one's kept beside it."""
     from launch import snapshot
 
+    recipe = parts.recipe or str((rundir.read_json(run.env) or {}).get("recipe") or "")
     for path in (run.code, run.patch, run.env):
         kept = path.with_name(f"{path.stem}-before-attempt-{parts.attempt}{path.suffix}")
         if path.is_dir() and kept.exists():  # of a start that was submitted and never began
@@ -123,4 +126,4 @@ def _freeze(run: RunDir, parts: Parts) -> None:
     if parts.sweep and parts.sweep != run:
         snapshot.share(parts.sweep, run)
     else:
-        snapshot.take(parts.checkout, run, parts.argv)
+        snapshot.take(parts.checkout, run, parts.argv, recipe)

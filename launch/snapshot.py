@@ -1,7 +1,7 @@
 """The code that a job runs, uncommitted work included, and where it came from.
 
-    snapshot.take(root, run, argv)      # -> RUN/code, RUN/patch.diff, RUN/env.json
-    snapshot.share(sweep, run)          # the same again, for a point of a sweep
+    snapshot.take(root, run, argv, recipe)      # -> RUN/code, RUN/patch.diff, RUN/env.json
+    snapshot.share(sweep, run)                  # the same again, for a point of a sweep
 
 A job that waits for days runs what was submitted, not what the checkout holds by then. Nothing secret may
 land in a run folder: no environment variables, no git remotes, no hidden files, no keys.
@@ -32,11 +32,11 @@ PACKAGES = (
 )
 
 
-def take(root: Path, run: RunDir, argv: Sequence[str]) -> None:
+def take(root: Path, run: RunDir, argv: Sequence[str], recipe: str = "") -> None:
     """Copy the code of the checkout `root` into the run and record its provenance."""
     copy(root, run.code)
     rundir.publish(run.patch, patch(root))
-    rundir.publish_json(run.env, provenance(root, argv))
+    rundir.publish_json(run.env, provenance(root, argv) | ({"recipe": recipe} if recipe else {}))
 
 
 def share(home: RunDir, run: RunDir) -> None:

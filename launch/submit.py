@@ -437,14 +437,19 @@ def _folders(
     if name := home.name if plan.points else plan.group:
         place["sweep"] = name
     swept = home if plan.points else None
+    inside = plan.source.is_relative_to(ROOT)
+    own_recipe = str(plan.source.relative_to(ROOT) if inside else plan.source)
+    recipe = "" if plan.source.parent == home.path else own_recipe  # a run that goes on has its own file of settings
     with contextlib.ExitStack() as stack:
         if swept:
             record = Sweep(home.name, plan.settings.evaluation.best, tuple(point for point, _ in plan.points))
-            parts = Parts(plan.settings, place, text, max(s.attempt for s in starts), argv, ROOT, swept, new_code)
+            parts = Parts(
+                plan.settings, place, text, max(s.attempt for s in starts), argv, ROOT, swept, new_code, recipe
+            )
             stack.enter_context(folder.swept(home, record, parts))
         for start in starts:
             own = text if plan.cluster and not plan.allocation else script(plan, home, [start])
-            parts = Parts(start.settings, place, own, start.attempt, argv, ROOT, swept, new_code)
+            parts = Parts(start.settings, place, own, start.attempt, argv, ROOT, swept, new_code, recipe)
             stack.enter_context(folder.made(start.run, parts))
         yield
 

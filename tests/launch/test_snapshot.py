@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import snapshot
+from launch import folder, snapshot
+from tests.launch.conftest import ROOT
+from vitdist import config, rundir
 from vitdist.rundir import RunDir
 
 HERE = {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t"}
@@ -143,3 +145,14 @@ def test_a_point_of_a_sweep_has_the_same_code(links: bool, checkout: Path, monke
 
 def refuse(*_: object) -> None:
     raise OSError(1, "Operation not permitted")
+
+
+def test_the_recipe_is_recorded_and_kept_when_a_run_goes_on_with_other_code(checkout: Path, tmp_path: Path) -> None:
+    run, settings = RunDir(tmp_path / "run"), config.load(ROOT / "configs" / "demo.yaml")
+    for attempt, recipe in enumerate(["configs/demo.yaml", ""]):
+        parts = folder.Parts(settings, {}, "", attempt, ["launch/submit.py"], checkout, None, attempt > 0, recipe)
+        with folder.made(run, parts):
+            env = rundir.read_json(run.env)
+            assert env is not None
+            assert env["recipe"] == "configs/demo.yaml"
+    assert (run.path / "env-before-attempt-1.json").is_file()
