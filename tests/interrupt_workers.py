@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 from tests import ranks, workers
-from vitdist import checkpoint, console, dist, evaluate, export, loss, manifest, report, rundir, stop
+from vitdist import checkpoint, console, dist, evaluate, export, loss, manifest, rundir, stop
 from vitdist import train as trainer
 from vitdist.config import Checkpoint
 from vitdist.engine import Engine, Piece
 from vitdist.manifest import Group, Identity
+from vitdist.report import charts, page
 from vitdist.rundir import RunDir
 
 PATIENCE_S = 60.0
@@ -217,7 +218,7 @@ POINTS: dict[str, tuple[bool, Callable[[_Signal], None]]] = {
     "pointer": (True, _pointer),
     "export": (True, _before(export, "write")),
     "exported": (True, _before(export, "_put")),
-    "report": (True, _before(report, "write")),
+    "report": (True, _before(page, "write")),
     "reported": (True, _before(console, "final_table")),
 }
 """name -> (whether only rank 0 passes it, what lays the strike there)"""
@@ -283,7 +284,7 @@ def attempt(given: Attempt) -> int:
     """The trainer's own main in this rank; its exit code, if it comes to an end."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.chdir(given.folder)
-    report.vega = lambda: ""  # 1.8 s of work for scripts that no test here reads
+    charts.vega = lambda: ""  # type: ignore[assignment]  # 1.8 s of work for scripts that no test here reads
     if any("fp16" in argument for argument in given.arguments):
         workers.allow_fp16_on_cpu()
     _note_samples(given.folder / f"ids.{rank}")

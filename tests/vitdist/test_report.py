@@ -29,6 +29,11 @@ from vitdist.rundir import RunDir
 NAMES = ["<script>alert(1)</script>", 'a "quoted" & long_name_' + "x" * 80, "Übergang"]
 
 
+@pytest.fixture(autouse=True)
+def _day_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "now", lambda: 1.8e9 + 200)
+
+
 class Page(HTMLParser):
     """Tags with their attributes, the contents of scripts and styles, and the text that is seen."""
 

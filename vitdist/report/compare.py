@@ -25,7 +25,7 @@ from vitdist.report import charts, sweep
 from vitdist.report.charts import Chart
 from vitdist.report.facts import Facts, Points, Record, read
 from vitdist.report.sweep import Axis, Effect
-from vitdist.report.words import DONE, cost, duration, figure, going, percent, setting, verdict
+from vitdist.report.words import DONE, cost, duration, figure, going, percent, reproduction, setting, verdict
 from vitdist.rundir import RunDir
 
 SHOWN = 12  # runs with a colour in the charts, the best ones; the others are grey
@@ -69,6 +69,8 @@ class Entry:
     val: str
     batch: int
     curves: dict[str, Points]
+    again: str
+    """The command that runs the same once more."""
 
     def best(self, metric: str) -> tuple[int, float] | None:
         """Step and value of the best evaluation on the way."""
@@ -173,6 +175,7 @@ def _entry(facts: Facts, name: str) -> Entry:
         val=(data.get("val") or {}).get("digest", ""),
         batch=facts.about("batch").get("global_batch", 0),
         curves={key: charts.thin(*facts.history.series(key), charts.POINTS) for key in keys},
+        again=reproduction(facts)[-1],
     )
 
 

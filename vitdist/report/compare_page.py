@@ -2,13 +2,12 @@
 
 import shlex
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
 from markupsafe import Markup
 
-from vitdist.report import charts, compare, sweep
+from vitdist.report import charts, compare, sweep, words
 from vitdist.report.compare import Comparison, Entry
 from vitdist.report.markup import bar, command, folded, html, join, listing, note, pair, section, table, wrap
 from vitdist.report.page import MOST_BUTTONS, document, drawn, figure_of
@@ -38,7 +37,7 @@ def head(found: Comparison) -> Markup:
     warnings = wrap('<ul class="warnings">{}</ul>', *(html("<li>{}</li>", text) for text in found.warnings))
     return html(
         '<header><p class="note">vitdist report · {}</p><h1>{} runs</h1><p class="verdict">{}</p>{}</header>',
-        moment(datetime.now(UTC).timestamp()),
+        moment(words.now()),
         len(found.entries),
         " ".join(compare.head(found)),
         warnings,

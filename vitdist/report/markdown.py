@@ -13,7 +13,7 @@ from vitdist.report import compare
 from vitdist.report.compare import Comparison
 from vitdist.report.facts import Facts, differing
 from vitdist.report.page import expectation
-from vitdist.report.words import DONE, cost, duration, figure, goodput, moment, percent, reproduction, setting, verdict
+from vitdist.report.words import DONE, cost, duration, figure, goodput, moment, reproduction, setting, verdict
 
 HARDEST = 20  # classes in the table
 MOST_RUNS = 50  # in the table of a comparison
@@ -48,10 +48,14 @@ def of_runs(found: Comparison, made: float, pictures: Iterable[Path]) -> str:
     beside = found.entries[:HARDEST]
     differ = [(f"`{name}`", *(text(setting(entry.settings.get(name))) for entry in beside)) for name in many]
     swept = compare.swept(found)
-    effects = [
-        (f"`{effect.name}`", percent(effect.share), f"{effect.chance:.2g}")
-        for effect in (swept.effects if swept else ())
-    ]
+    effects = (
+        [
+            (f"`{effect.name}`", *map(text, compare.effect_cells(effect, found.metric, len(swept.names))))
+            for effect in swept.effects
+        ]
+        if swept
+        else []
+    )
     return document(
         f"# {len(found.entries)} runs",
         text(" ".join(compare.head(found))),
@@ -59,7 +63,7 @@ def of_runs(found: Comparison, made: float, pictures: Iterable[Path]) -> str:
         table(list(map(text, columns)), [list(map(text, row)) for row in rows[:MOST_RUNS]]),
         f"{len(rows) - MOST_RUNS:,} more runs are not shown." if len(rows) > MOST_RUNS else "",
         titled("Settings that differ", table(("setting", *(text(entry.name) for entry in beside)), differ)),
-        titled("What mattered", table(("setting", "share of the variance", "p"), effects)),
+        titled("What mattered", table(("setting", "share of the variance", "p", "what was found"), effects)),
         titled("Figures", images(pictures)),
         titled(
             "Not finished", "\n".join(f"- {text(e.name)}: {text(e.sentence)}" for e in found.entries if e.word != DONE)

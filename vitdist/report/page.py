@@ -14,7 +14,6 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vitdist import gallery, results, rundir
-from vitdist.report import charts
+from vitdist.report import charts, words
 from vitdist.report.charts import Chart
 from vitdist.report.facts import (
     Facts,
@@ -134,7 +133,7 @@ def head(facts: Facts) -> Markup:
     return html(
         '<header><p class="note">vitdist report · {}</p><h1>{} <span class="badge {}">{}</span></h1>'
         '<p class="verdict">{}</p>{}{}{}{}{}</header>',
-        moment(datetime.now(UTC).timestamp()),
+        moment(words.now()),
         facts.run.name,
         word,
         word,
@@ -194,7 +193,7 @@ def newest(facts: Facts) -> str:
         return ""
     times = [reached.time for reached in facts.history.reached.values() if reached.time]
     when = f", {moment(max(times))}" if times else ""
-    ago = max(0.0, datetime.now(UTC).timestamp() - max(times)) if times else 0.0
+    ago = max(0.0, words.now() - max(times)) if times else 0.0
     age = f", {duration(ago)} before this page was made" if times and facts.record["state"] == "running" else ""
     (first, of_it), *earlier = sorted(told.items(), reverse=True)
     rest = "".join(f"; at step {step:,}: {', '.join(of)}" for step, of in earlier)

@@ -35,8 +35,8 @@ from vitdist.report.words import (
     open_to_all,
     percent,
     reproduction,
+    resumption,
     setting,
-    submission,
     verdict,
 )
 from vitdist.rundir import RunDir
@@ -361,16 +361,14 @@ def _reliability(facts: Facts) -> list[Any]:
 
 def _commands(facts: Facts) -> list[Any]:
     """Files of the run, and the commands that make more of it."""
-    run, at = facts.run, shlex.quote(str(facts.run.path))
+    run = facts.run
     paths = (run.config, run.submit, run.metrics, run.evaluation, run.predictions, run.checkpoints, run.model, run.code)
     use = f'classify = pipeline("image-classification", model={str(run.model)!r})'
     predict = ["from transformers import pipeline", use, 'classify("picture.jpg")'] if run.model.exists() else []
-    direct = f"torchrun --nproc-per-node {facts.record.get('world', 1)} -m vitdist.train {at}"
-    resume = submission(facts.env, run.name, folders.overrides(run)) or direct
     return [
         *_code("Files", [str(path) for path in paths if path.exists()], None),
         *_code("Predict", predict, "python"),
-        *_code("Resume", [resume] if facts.record["state"] != "done" else [], None),
+        *_code("Resume", [resumption(facts)] if facts.record["state"] != "done" else [], None),
         *_code("Reproduce", reproduction(facts), None),
     ]
 
@@ -394,9 +392,6 @@ def _of_several(found: Comparison, grid: Grid) -> Sections:
         ("Waiting for data, % of the time", ("perf/data_wait_pct",)),
     ]
     rates = [("Gradient norm", ("optim/grad_norm",)), ("Learning rate of the head", (r"lr/\d+_head",))]
-    again = [
-        submission(rundir.read_json(e.run.env) or {}, f"{e.run.name}-again", folders.overrides(e.run)) for e in entries
-    ]
     title = f"{entries[0].name} and {len(entries) - 1} other{'s' * (len(entries) > 2)}"
     return [
         (title, [wr.CalloutBlock(text=plain(" ".join(compare.head(found))))]),
@@ -407,7 +402,7 @@ def _of_several(found: Comparison, grid: Grid) -> Sections:
         ("Speed", grid(_plots(speed, len(entries)))),
         ("Settings", _settings(found, kept, grid)),
         ("Reliability", [_table(("run", "what became of it"), [(entry.name, entry.sentence) for entry in entries])]),
-        ("Commands", _code("Reproduce", list(filter(None, again)), None)),
+        ("Commands", _code("Reproduce", [entry.again for entry in entries], None)),
     ]
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -93,11 +94,16 @@ def verdict(facts: Facts) -> tuple[str, str]:
     return word, text + (f" At the newest evaluation {good}." if good else "")
 
 
+def now() -> float:
+    """Seconds since 1970."""
+    return time.time()
+
+
 def silence(facts: Facts) -> float:
     """Seconds for which a run that should write rows wrote none; 0 where that is no longer than usual."""
     _, times = facts.history.series(history.TIME)
-    seen = [time for time in (*times[-1:].tolist(), facts.starts[-1].began) if time]
-    quiet = datetime.now(UTC).timestamp() - max(seen) if seen else 0.0
+    seen = [one for one in (*times[-1:].tolist(), facts.starts[-1].began) if one]
+    quiet = now() - max(seen) if seen else 0.0
     usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
     return quiet if quiet > max(SILENT_S, 10 * usual) else 0.0
 
