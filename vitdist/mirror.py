@@ -219,7 +219,9 @@ class Mirror:
         """Where rows lie that a server has not taken, and how they get there."""
         if self._folder == self._run.wandb:
             return ""
-        return f"; the rest is in the run folder: wandb sync --include-online {self._folder}"
+        if not self._folder.is_relative_to(self._run.wandb):
+            return f"; the rest lies elsewhere: wandb sync --include-online {self._folder}"
+        return f"; the rest is in the run folder: vitdist sync --include-online {self._run.path}"
 
     def _bury(self) -> None:
         """Take down W&B's service now: its hook at exit would wait for it without a bound, or print a traceback."""

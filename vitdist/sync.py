@@ -168,7 +168,10 @@ class Sync:
             reader = threading.Thread(target=said.extend, args=(child.stderr,), daemon=True)
             reader.start()
             for line in child.stdout:
-                outcome.take(json.loads(line))
+                if line.startswith("{"):
+                    outcome.take(json.loads(line))
+                else:  # of a library
+                    said.append(line)
             reader.join()
             code = child.wait()
         with self._lock:

@@ -369,7 +369,7 @@ def _assemble(
     )
     _of_first(me, writer.claim)
     journal.stage("DeepSpeed")
-    past = _of_first(me, lambda: _past(run, attempt))
+    past = _of_first(me, lambda: _past(run, attempt, journal))
     evaluations: list[Evaluations] = []
     _of_first(me, lambda: evaluations.append(selection.Evaluations(run, journal.publish)))
     session = Session(
@@ -422,13 +422,19 @@ def _warm_start(net: "Module", place: str, classes: list[str]) -> str:
     return f"warm start: {taken} tensors of {folder}" + (rest if left else "")
 
 
-def _past(run: RunDir, attempt: int) -> list[ledger.Start]:
+def _past(run: RunDir, attempt: int, journal: "Journal") -> list[ledger.Start]:
     """The starts before this one, and how far each came: a killed one says it by its rows alone."""
     from vitdist import history
 
     earlier = [each for each in run.attempts() if each.number < attempt]
     rows = history.read(run).reached if earlier else {}
-    return [ledger.start(each, rows.get(each.number), faults.read(each)) for each in earlier]
+    past = []
+    for each in earlier:
+        try:
+            past.append(ledger.start(each, rows.get(each.number), faults.read(each)))
+        except (OSError, ValueError, TypeError) as error:  # only figures of the run come from it
+            journal.warn("damaged_record", f"start {each.number} is left out of the figures of the run: {error}")
+    return past
 
 
 def _versions() -> dict[str, str | None]:
@@ -613,9 +619,11 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
     engine, step = s.engine, s.engine.steps
     seen = step * s.batch.global_batch
     mine = torch.stack(losses).double().cpu()
-    finite = mine.isfinite()  # a step whose loss was not was skipped, and is told by itself
+    finite = mine.isfinite()  # a step whose loss was not is told by itself
     sums, numbers = s.me.sum(torch.stack([mine.where(finite, 0.0), finite.double()]))
-    loss = float(sums.sum() / numbers.sum())  # NaN where none was
+    sums = sums.where(numbers == s.me.world, math.nan)  # all ranks skip what one of them must
+    whole = sums.isfinite()
+    loss = float(sums[whole].sum() / numbers[whole].sum())  # NaN where none was
     _note_broken(s, broken)
     told = s.me.gather((s.meter.own(), s.machine.now()))
     owns = [own for own, _ in told]

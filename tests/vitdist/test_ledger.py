@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from vitdist import faults, history, ledger, rundir
+from vitdist import faults, history, ledger, rundir, train
 from vitdist.ledger import Ledger, Start
 from vitdist.rundir import RunDir
+from vitdist.tracking import Journal
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,15 @@ def test_a_start_is_read_from_its_record_its_rows_and_its_faults(tmp_path: Path)
     rundir.publish_json(run.attempt(2).job, {"state": "failed", "ended": "2026-11-28T10:00:20+00:00"})
     assert ledger.start(run.attempt(2), None, []).seconds == 20.0
     assert ledger.start(run.attempt(9), None, []) == Start(False, 0, 0, 0.0, 0, 0)
+
+
+@pytest.mark.parametrize("record", ["", "[]", '{"started": "yesterday"}', '{"step": "x"}', '{"schema": 99}'])
+def test_a_damaged_record_of_an_earlier_start_costs_figures_alone(tmp_path: Path, record: str) -> None:
+    run = RunDir(tmp_path / "run")
+    for number, text in enumerate([record, '{"resumed_from": null, "step": 7}']):
+        run.attempt(number).path.mkdir(parents=True)
+        run.attempt(number).train.write_text(text)
+    with Journal(run, run.attempt(2), first=True) as journal:
+        assert [start.last for start in train._past(run, 2, journal)] == [7]
+    (event,) = (rundir.read_json(run.attempt(2).train) or {})["events"]
+    assert event["text"].startswith("start 0 is left out of the figures of the run: ")

@@ -225,7 +225,7 @@ def test_tensorboard_that_fails_is_told_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     board.Board(tmp_path, 0, told.append).add(1, {"a": 1.0})
     assert "pip install tensorboard" in told[1]
-    assert json.dumps(told)
+    assert len(told) == 2
 
 
 def test_of_rows_that_come_too_fast_w_and_b_gets_one_a_second_and_every_evaluation(

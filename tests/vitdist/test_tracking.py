@@ -446,7 +446,7 @@ def test_W3_a_server_that_goes_away_in_mid_run(tmp_path: Path, server: fake_wand
     (folder,) = (path for path in run.wandb.glob("run-*") if path.is_dir())
     (told,) = events(run, "wandb")
     assert told.startswith("W&B did not take all rows within 1 s of the end")
-    assert told.endswith(f"wandb sync --include-online {folder}")
+    assert told.endswith(f"vitdist sync --include-online {run.path}")
     assert kept(folder) == len(lines(run)) == 500
     assert logs_workers.services() == []
 
