@@ -368,7 +368,7 @@ def edges(number: int) -> Iterator[None]:
     def refuse(*_: object, **__: object) -> Any:
         raise ValueError("this far and no further")
 
-    def take(_: Path, run: RunDir, __: object) -> None:
+    def take(_: Path, run: RunDir, *__: object) -> None:
         run.code.mkdir(parents=True)
 
     with pytest.MonkeyPatch.context() as patch:
