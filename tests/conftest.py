@@ -1,12 +1,14 @@
 """Shards and settings that several tests share; made once a session, read-only."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import fake_wandb
 from vitdist.data.pack import pack, write_digits
 
 
@@ -63,3 +65,12 @@ def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Monkey
     for name, seconds in {"START_S": 1.5, "FINISH_S": 1.0, "GRACE_S": 20.0}.items():
         monkeypatch.setattr(mirror, name, seconds)
     return monkeypatch
+
+
+@pytest.fixture
+def server(wandb_home: pytest.MonkeyPatch) -> Iterator[fake_wandb.Server]:
+    """A stand-in for W&B's server, with a key for it."""
+    with fake_wandb.Server() as made:
+        wandb_home.setenv("WANDB_BASE_URL", made.url)
+        wandb_home.setenv("WANDB_API_KEY", "k" * 40)
+        yield made

@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +28,9 @@ PIXELS = Pixels(image_size=8, eval_crop=1.0, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2
 
 
 @pytest.fixture
-def store(wandb_home: pytest.MonkeyPatch) -> Iterator[fake_wandb.Server]:
-    with fake_wandb.Server() as made:
-        wandb_home.setenv("WANDB_BASE_URL", made.url)
-        wandb_home.setenv("WANDB_API_KEY", "k" * 40)
-        wandb_home.setattr(mirror, "FINISH_S", 15.0)
-        yield made
+def store(server: fake_wandb.Server, wandb_home: pytest.MonkeyPatch) -> fake_wandb.Server:
+    wandb_home.setattr(mirror, "FINISH_S", 15.0)
+    return server
 
 
 def finish(run: RunDir, **tracking: Any) -> dict[str, Any]:

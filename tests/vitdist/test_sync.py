@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-c", WRITER, str(folder), "first", *map(str, STARTS)]
     subprocess.run(command, env=spare, check=True, timeout=120, stdout=subprocess.DEVNULL)
     return folder
-
-
-@pytest.fixture
-def server(wandb_home: pytest.MonkeyPatch) -> Iterator[fake_wandb.Server]:
-    with fake_wandb.Server() as made:
-        wandb_home.setenv("WANDB_BASE_URL", made.url)
-        wandb_home.setenv("WANDB_API_KEY", "k" * 40)
-        yield made
 
 
 def copied(written: Path, to: Path, parts: int = len(STARTS)) -> RunDir:

@@ -302,14 +302,6 @@ def test_C3_a_log_on_a_full_disk_costs_lines_only(disk: Disk, how: str) -> None:
 # ---- Weights & Biases --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(wandb_home: pytest.MonkeyPatch) -> Iterator[fake_wandb.Server]:
-    with fake_wandb.Server() as made:
-        wandb_home.setenv("WANDB_BASE_URL", made.url)
-        wandb_home.setenv("WANDB_API_KEY", "k" * 40)
-        yield made
-
-
 def offline(run: RunDir) -> list[Path]:
     return sorted(run.wandb.glob("offline-run-*"))
 
