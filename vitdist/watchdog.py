@@ -63,6 +63,8 @@ _PROGRESS = {
     "where": str,
     "in_collective": bool,
 }
+_TIMER = threading.RLock()
+"""Held while faulthandler's thread is started or ended, and over every fork: see `_spare_children`."""
 _HEAD = re.compile(r"rank \d+ on (?P<host>\S+), process \d+; its main thread is (?P<main>0x[0-9a-f]+)\n")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 
@@ -140,7 +142,7 @@ class Watchdog:
         self._ended.set()
         # When the first rank ends itself, the others wake up with an error: what they are about to say is said first.
         self._watcher.join(self._grace_s + REPORT_S + 5 if self._hung.is_set() else 5)
-        faulthandler.cancel_dump_traceback_later()
+        _disarm()
         if self._file is not sys.__stderr__ and self._dumping.acquire(timeout=5):
             with contextlib.suppress(OSError):  # of a disk that is full by now
                 self._file.close()
@@ -158,7 +160,7 @@ class Watchdog:
             if self._ended.wait(self._tick_s):
                 return
             slept = time.monotonic() - before
-            faulthandler.cancel_dump_traceback_later()
+            _disarm()
             self._stale = self._stale or slept >= armed_s  # it lives by the clock
             mark = self._mark
             if mark is not seen:
@@ -186,7 +188,8 @@ class Watchdog:
         """For the case that this thread will not get the interpreter's lock back; returns when, in seconds."""
         left = max(mark.limit_s - self._waited, 0.0) + 4 * self._tick_s
         if left < threading.TIMEOUT_MAX:
-            faulthandler.dump_traceback_later(left, file=self._file)
+            with _TIMER:
+                faulthandler.dump_traceback_later(left, file=self._file)
         return left
 
     def _debugged(self) -> bool:
@@ -331,13 +334,25 @@ class Watchdog:
             self._head()
 
 
+def _disarm() -> None:
+    with _TIMER:
+        faulthandler.cancel_dump_traceback_later()
+
+
 @functools.cache
 def _spare_children() -> None:
-    """Stop faulthandler's thread before a fork; the watchdog starts the next one a tick later.
+    """No fork while faulthandler's thread lives; the watchdog starts the next one a tick later.
 
-    A child has the locks of that thread and not the thread, and would wait for it for ever at its end.
+    A child has the locks of that thread and not the thread, and would wait for it for ever at its end. Other hooks run
+    between this one and the fork, and may let the watchdog's thread run: what it would start waits for the lock. The
+    child's copy of the lock is held by the thread that forked, which is the child's only one.
     """
-    os.register_at_fork(before=faulthandler.cancel_dump_traceback_later)
+
+    def before() -> None:
+        _TIMER.acquire()
+        faulthandler.cancel_dump_traceback_later()
+
+    os.register_at_fork(before=before, after_in_parent=_TIMER.release, after_in_child=_TIMER.release)
 
 
 def stands(frame: FrameType | None) -> tuple[str, bool]:
