@@ -49,8 +49,8 @@ test: setup slurm  ## everything that CI holds, under 15 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slurm and not full" $(BESIDE:%=--ignore=%); rest=$$?; \
 	wait $$beside; code=$$?; cat .beside.log; exit $$((rest || code))
 
-test-full: setup slurm  ## whole matrices
-	@$(BIN)/python -m pytest
+test-full: setup slurm  ## whole matrices, in hours; the outcome is recorded in benchmarks/results
+	@$(BIN)/python -m pytest --record tests
 
 # A real SLURM for the tests, where it can be had; without it they say how to enable them.
 slurm:

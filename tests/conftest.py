@@ -1,4 +1,4 @@
-"""Shards and settings that several tests share; made once a session, read-only."""
+"""Shards and settings that several tests share, made once a session, read-only; a dated record of what was run."""
 
 import os
 from collections.abc import Iterator
@@ -8,8 +8,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import results
 from tests import fake_wandb
 from vitdist.data.pack import pack, write_digits
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="NAME", help="publish the outcome as benchmarks/results/DATE-NAME.json")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """With `--record`: how many tests of each file passed, failed and were skipped, and how long they took."""
+    if not config.getoption("--record"):
+        return
+    files: dict[str, dict[str, float]] = {}
+    not_passed: dict[str, str] = {}
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            told = files.setdefault(report.nodeid.partition("::")[0], {})
+            told[outcome] = told.get(outcome, 0) + 1
+            if outcome != "passed":
+                not_passed[report.nodeid] = outcome
+    for report in (report for group in terminalreporter.stats.values() for report in group):
+        if isinstance(report, pytest.TestReport):  # setup, call and teardown
+            told = files[report.nodeid.partition("::")[0]]
+            told["seconds"] = round(told.get("seconds", 0) + report.duration, 1)
+    names = dict.fromkeys(name for told in files.values() for name in told)
+    total = {name: round(sum(told.get(name, 0) for told in files.values()), 1) for name in names}
+    results.publish(config.getoption("--record"), {"total": total, "not_passed": not_passed, "files": files})
 
 
 @pytest.fixture(scope="session")
