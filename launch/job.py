@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Literal
 
 import submitit
+from submitit.core.utils import JobPaths
 from submitit.helpers import DelayedSubmission
 
 from launch import cluster, slurm, torchrun
@@ -99,6 +100,20 @@ class NodeJob:
         if state == "stopped" and self.kind == "slurm" and node.first:
             sys.exit(rundir.EXIT_STOPPED)  # a job that waits for this one by `afterok` must not begin
         return state
+
+    def conclude(self, code: int) -> str | None:
+        """From the batch script, whose step has ended with `code`: what the first node would have done, had its own
+        job not been killed, or hung before it met the others. Returns the state; None: there is nothing to do.
+        """
+        node = here(self)
+        # What ends a job that is not RUNNING is SLURM's affair, or the user's.
+        if not node.take_over() or not self._running(node):
+            return None
+        state, cause = node.verdict(code), node.said.fault
+        if state != "done" and not cause:
+            killed = f"the job of the first node ({node.hosts[0]}) was killed, or hung (exit code {code})"
+            cause = killed if state == "stopped" else node.cause(killed)
+        return self._end(node, state, cause, code)
 
     def checkpoint(self) -> DelayedSubmission:
         """submitit's hook for a warning that comes before `__call__`: there is nothing to save yet."""
@@ -219,6 +234,13 @@ class Wish:
         self.at = min(self.at, time.monotonic())
         if self.times < 3:
             print("asked to stop" if self.times == 1 else "asked again", flush=True)
+
+
+def submitted(folder: str) -> NodeJob:
+    """What was submitted as the SLURM job that this process is part of; `folder`: submitit's. Raises OSError."""
+    found = DelayedSubmission.load(JobPaths(folder, submitit.JobEnvironment().job_id).submitted_pickle).function
+    assert isinstance(found, NodeJob)
+    return found
 
 
 def here(job: NodeJob) -> Node:

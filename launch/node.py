@@ -95,6 +95,21 @@ class Node:
             self._had = max(manifest.steps(self.run), default=0)
             self._publish("running", None, None, None)
 
+    def take_over(self) -> bool:
+        """In the batch script, where the step has ended: as `begin` left it; False if the first node has had its say.
+
+        Where the others have not found the first node, that is the fault.
+        """
+        told = _read(self.attempt.job)
+        if told.get("ended"):
+            return False
+        self._started = told.get("started") or self._started
+        self._had = int(told.get("had") or 0) if told else max(manifest.steps(self.run), default=0)
+        lost = next((other for other in self.others() if other.get("word") == "never_came"), None)
+        if lost and _read(self.attempt.node(0)).get("word") is None:
+            self.said = Answer(str(lost["cause"]), "never_came", self.hosts[:1])
+        return True
+
     def meet(self, ended: Callable[[], bool]) -> None:
         """Check this node and meet the others. Raises RunFailed with the fault, which `said` keeps.
 
@@ -114,6 +129,8 @@ class Node:
                 self.said = Answer(f"{told}: the next start takes other ones", "port_in_use")
         else:
             self.said = rollcall.report(self.token, self.index, mine, self.master, self.ports, ended=ended)
+            if self.said.word == "never_came" and not self.said.hosts:  # no answer, of which only the address is known
+                self.said = dataclasses.replace(self.said, hosts=self.hosts[:1])
         if self.first:
             for warning in self.said.warnings:
                 print(f"warning: {warning}", flush=True)
@@ -161,6 +178,7 @@ class Node:
     def end(self, state: str, cause: str | None, code: int | None, decision: Decision | None = None) -> None:
         """Record how this node ended; the first node records it of the job."""
         ended = {"node": self.index, "host": socket.gethostname(), "state": state, "cause": cause, "code": code}
+        ended["word"] = self.said.word
         try:
             rundir.publish_json(self.attempt.node(self.index), {**ended, "ended": rundir.now()})
             if self.first:
@@ -224,13 +242,16 @@ class Node:
         left_after_saving = failed and failed[0].code == rundir.EXIT_STOPPED
         return "stopped" if left_after_saving else "failed"
 
-    def cause(self) -> str:
-        """Why the run failed. Where a rank only lost its peer, wait a moment for the peer's side of it."""
+    def cause(self, unsaid: str = "") -> str:
+        """Why the run failed. Where a rank only lost its peer, wait a moment for the peer's side of it.
+
+        `unsaid`: the cause, where all that is found is a consequence.
+        """
         deadline = time.monotonic() + (CAUSE_S[self.kind] if self.nodes > 1 else 0)
         while True:
             found = why.cause(self.attempt)
             if not found.cascade or time.monotonic() > deadline:
-                return found.text
+                return unsaid if found.cascade and unsaid else found.text
             time.sleep(POLL_S)
 
     def decide(self, state: str, warned: bool) -> Decision:

@@ -34,6 +34,7 @@ def _sbatch_script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
         parameters["dependency"] = "afterok:" + ":".join(plan.after)
         more["kill-on-invalid-dep"] = "yes"
     if not plan.points:
+        parameters["setup"] += _epilogue(home.submitit)
         return sbatch(parameters, _task(home.submitit), home.submitit / "%j")
     # Each point has its pickles and logs in its own folder, whose name ends with the number: %2a in SLURM's words.
     digits = len(plan.points[0][0].name) - len(home.name) - 1
@@ -41,6 +42,7 @@ def _sbatch_script(plan: Plan, home: RunDir, starts: Sequence[Start]) -> str:
     at_once = min(plan.at_once or len(starts), len(starts))
     more["array"] = f"{sweep.ranges(numbers)}%{at_once}"
     own = f'{shlex.quote(str(home.path))}-"$(printf %0{digits}d "$SLURM_ARRAY_TASK_ID")"/submitit'
+    parameters["setup"] += _epilogue(own)
     return sbatch(parameters, _task(own), Path(f"{home.path}-%{digits}a", "submitit", "%A_%a"))
 
 
@@ -69,8 +71,25 @@ def _parameters(plan: Plan, home: RunDir) -> dict[str, Any]:
 
 def _task(submitit: Path | str) -> str:
     """What srun starts on each node; a text is quoted already."""
+    return _python("submitit.core._submit", submitit)
+
+
+def _python(module: str, submitit: Path | str) -> str:
     where = submitit if isinstance(submitit, str) else shlex.quote(str(submitit))
-    return f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {where}"
+    return f"{shlex.quote(sys.executable)} -u -m {module} {where}"
+
+
+def _epilogue(submitit: Path | str) -> list[str]:
+    """Lines that have launch/epilogue.py look at a step that failed; a site's own trap runs after it.
+
+    SLURM's signals at a requeue must not end it before it has left bad nodes out.
+    """
+    look = f"[ $code = 0 ] || {_python('launch.epilogue', submitit)} $code"
+    return [
+        'eval "set -- $(trap -p EXIT)"; at_exit=${3-}',
+        f"epilogue() {{ code=$?; trap '' TERM USR2; {look}; eval \"$at_exit\"; }}",
+        "trap epilogue EXIT",
+    ]
 
 
 def _allocation_script(plan: Plan, start: Start) -> str:

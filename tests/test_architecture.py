@@ -26,7 +26,7 @@ OWNERS = {
     "vl_convert": {"vitdist/report/charts.py", "vitdist/data/stats_page.py"},
 }
 ENVIRONMENT = {
-    *("launch/submit.py", "launch/jobs.py", "launch/job.py"),
+    *("launch/submit.py", "launch/jobs.py", "launch/job.py", "launch/epilogue.py"),
     *("vitdist/cli.py", "vitdist/dist.py", "vitdist/train.py", "vitdist/nodecheck.py"),
 }
 HEAVY = {"torch", "deepspeed", "transformers", "webdataset", "wandb"}

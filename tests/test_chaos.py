@@ -40,7 +40,9 @@ def test_R5_C1_C4_C5_a_disturbed_run_ends_the_same_or_refuses_by_name(
     outcome = Round(tmp_path / "round", shards, 0, made, "forked", straight).play()
     assert not outcome.violations, "\n".join([*outcome.violations, *made.script(), *outcome.hits])
     expected = "refused by name" if kind == "every checkpoint damaged" else "same weights"
-    assert outcome.verdict in (expected, chaos.MISSED)
+    # Some records hold what the next start needs, others only figures.
+    either = ("refused by name",) if kind == "torn records" else ()
+    assert outcome.verdict in (expected, chaos.MISSED, *either)
     assert outcome.verdict == expected or kind not in IN_THE_SUITE
 
 

@@ -223,6 +223,57 @@ def test_an_attempt_is_counted_by_slurm(
     )
 
 
+def concluded(run: RunDir, job: NodeJob, code: int = 137) -> str:
+    """What the batch script's last act says, in a process of its own."""
+    run.submitit.mkdir(exist_ok=True)
+    DelayedSubmission(job).dump(run.submitit / "4711_submitted.pkl")
+    command = [sys.executable, "-m", "launch.epilogue", str(run.submitit), str(code)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_never_came_of_the_first_node_is_requeued_without_it(
+    run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hung before it met the others: they say so, and the batch script has SLURM start again elsewhere."""
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1,node2")
+    fault = "the first node (10.0.0.1, port 12345) did not answer in 600 s: timed out"
+    rundir.publish_json(
+        run.attempt(0).node(1),
+        {"node": 1, "host": "node2", "state": "failed", "cause": fault, "code": None, "word": "never_came"},
+    )
+    assert concluded(run, node_job(run)) == "starts again: crash 1 of 3 without a new checkpoint\n"
+    calls = in_slurm.read_text().splitlines()
+    assert calls[-2:] == ["scontrol requeue 4711", "scontrol update JobId=4711 ExcNodeList=node1"]
+    record = read(run.attempt(0).job)
+    assert (record["state"], record["cause"], record["exclude"]) == ("requeued", fault, ["node1"])
+
+
+@pytest.mark.parametrize(("ended", "answer"), [("failed", "RUNNING|None"), (None, "CANCELLED|None"), (None, "")])
+def test_the_batch_script_leaves_alone_what_is_decided(
+    run: RunDir, in_slurm: Path, tmp_path: Path, ended: str | None, answer: str
+) -> None:
+    """The first node has had its say, or the user, or SLURM."""
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\necho '{answer}'\n")
+    record = {"attempt": 0, "state": ended or "running", "ended": ended and rundir.now()}
+    rundir.publish_json(run.attempt(0).job, record)
+    assert concluded(run, node_job(run)) == ""
+    assert read(run.attempt(0).job)["state"] == record["state"]
+    assert "requeue" not in (in_slurm.read_text() if in_slurm.exists() else "")
+
+
+def test_R5_a_killed_first_node_is_a_crash(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rundir.publish_json(run.attempt(0).job, {"attempt": 0, "state": "running", "ended": None, "had": 0})
+    assert concluded(run, node_job(run)) == "starts again: crash 1 of 3 without a new checkpoint\n"
+    assert (
+        read(run.attempt(0).job)["cause"] == "the job of the first node (localhost) was killed, or hung (exit code 137)"
+    )
+    for number in (1, 2):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        said = concluded(run, node_job(run))
+    assert said == "not started again: 3 starts in a row have failed without a new checkpoint\n"
+
+
 @contextlib.contextmanager
 def usr2_kept() -> Iterator[None]:
     """The job takes over USR2 of this process."""

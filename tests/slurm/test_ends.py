@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,48 @@ def test_R10_a_crash_loop_is_ended_at_three(environment: dict[str, str], tmp_pat
     last = read(run.attempt(2).job)
     assert (last["state"], last["decision"]) == ("failed", "3 starts in a row have failed without a new checkpoint")
     assert [attempt.number for attempt in run.attempts()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("node", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_R7_a_nodes_own_job_that_is_killed_costs_a_start(
+    environment: dict[str, str], tmp_path: Path, recipe: Path, node: int
+) -> None:
+    """The process that would have decided what follows, also the first node's: then the batch script does."""
+    run = RunDir(tmp_path / "runs" / "orphan")
+    job = submit_stand_in(environment, tmp_path, recipe, "orphan", until_asked=True)
+    job_id = trains(run, job)
+    host = read(run.attempt(0).job)["hosts"][node]
+    os.kill(node_job(run, host), signal.SIGKILL)
+    from_step = goes_on(environment, run, job, job_id, 1)
+    saved = run.checkpoints / "step"
+    assert from_step == (int(saved.read_text()) if saved.exists() else 0)
+    record = read(run.attempt(0).job)
+    assert (record["state"], record["again"]) == ("requeued", True), told(run)
+    assert node or "the job of the first node" in record["cause"]
+    cancel(environment, job, job_id)
+
+
+def node_job(run: RunDir, host: str) -> int:
+    """The process that submitit runs on a node, a child of slurmstepd."""
+    (found,) = (
+        pid
+        for pid, command, variables in processes()
+        if "submitit.core._submit" in command
+        and str(run.submitit) in command
+        and f"SLURMD_NODENAME={host}" in variables
+        and "SLURM_STEP_ID=0" in variables
+    )
+    return found
+
+
+def processes() -> Iterator[tuple[int, list[str], list[str]]]:
+    """(number, command, environment) of all there are."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            texts = [(entry / name).read_text(errors="replace").split("\0") for name in ("cmdline", "environ")]
+        except OSError:  # it ended meanwhile
+            continue
+        yield int(entry.name), texts[0], texts[1]
 
 
 def test_R7_a_node_that_dies_costs_a_start_and_leaves_no_zombie(
