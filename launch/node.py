@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -320,17 +320,26 @@ class Node:
 
     def spare(self, decision: Decision) -> Decision:
         """`decision` without nodes to leave out where the job could not run without them."""
-        if not decision.exclude or not self.profile:
-            return decision
-        there = slurm.partitions(10.0)
-        gpus = int(self.profile.gpus_per_node) if self.profile.gpu_request != "none" else 0
-        known = sum(kind.number for kind in there.nodes(self.partition) if kind.gpus >= gpus) if there else 0
-        own = slurm.hostnames(self.profile.exclude) if self.profile.exclude else []
-        # How many nodes have the features that a profile asks for is not known.
-        if not self.profile.constraint and (not known or known - len({*own, *decision.exclude}) >= self.nodes):
+        if not decision.exclude or not self.profile or self._can_spare(self.profile, decision.exclude):
             return decision
         print(f"{', '.join(decision.exclude)} stay: without them there may be too few nodes", flush=True)
         return dataclasses.replace(decision, exclude=())
+
+    def _can_spare(self, profile: Cluster, hosts: Sequence[str]) -> bool:
+        own = [profile.exclude] if profile.exclude else []
+        with contextlib.suppress(OSError):
+            # SLURM itself knows which nodes have what the job asks for, and are up.
+            script = self.run.submit.read_text(encoding="utf-8")
+            flag = f"--exclude={','.join([*own, *hosts])}"
+            without, _ = slurm.test_only(script, PATIENCE_S["slurm"], flags=[flag])
+            if without is not None and (without or slurm.test_only(script, PATIENCE_S["slurm"])[0]):
+                return without
+        # It is silent, or does not take the job from here at all.
+        there = slurm.partitions(PATIENCE_S["slurm"])
+        gpus = int(profile.gpus_per_node) if profile.gpu_request != "none" else 0
+        known = sum(kind.number for kind in there.nodes(self.partition) if kind.gpus >= gpus) if there else 0
+        named = [name for nodes in own for name in slurm.hostnames(nodes)]
+        return not profile.constraint and (not known or known - len({*named, *hosts}) >= self.nodes)
 
 
 def _read(path: Path) -> dict[str, Any]:

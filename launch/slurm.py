@@ -216,14 +216,21 @@ def test_only(  # named as sbatch's flag; no test
     script: str,
     patience_s: float = 10.0,  # noqa: PT028
     env: Mapping[str, str] | None = None,  # noqa: PT028
+    flags: Sequence[str] = (),  # noqa: PT028
 ) -> tuple[bool | None, str]:
     """Whether SLURM would take a script, by `sbatch --test-only`, and its words: the estimated start, or the fault.
 
     None: it is silent, or cannot start the job at the moment. `env`: without what a surrounding job has left there.
+    `flags`: of sbatch, before those of the script.
     """
     try:
         done = subprocess.run(
-            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=patience_s, env=env
+            ["sbatch", "--test-only", *flags],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=patience_s,
+            env=env,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None, "SLURM does not answer (sbatch --test-only)"
@@ -231,7 +238,8 @@ def test_only(  # named as sbatch's flag; no test
     said = " ".join(f"{done.stderr}\n{done.stdout}".split())
     if done.returncode == 0:
         return True, said
-    return (None if _FOR_NOW.search(said) else False), said or f"sbatch: exit code {done.returncode}"
+    later = done.returncode < 0 or _FOR_NOW.search(said)  # or a signal has ended it
+    return (None if later else False), said or f"sbatch: exit code {done.returncode}"
 
 
 def starts(said: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import submitit
+import yaml
 from submitit.helpers import DelayedSubmission
 
 from launch import node as launch_node
@@ -247,6 +248,35 @@ def test_never_came_of_the_first_node_is_requeued_without_it(
     assert calls[-2:] == ["scontrol requeue 4711", "scontrol update JobId=4711 ExcNodeList=node1"]
     record = read(run.attempt(0).job)
     assert (record["state"], record["cause"], record["exclude"]) == ("requeued", fault, ["node1"])
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "left_out"),
+    [
+        ("exit 0", True),
+        (
+            'case "$*" in *--exclude=node1*) echo "Requested node configuration is not available" >&2; exit 1;; esac',
+            False,
+        ),
+        ("echo 'job submission from a compute node is not allowed' >&2; exit 1", False),  # and features are not counted
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", False),
+    ],
+)
+def test_a_bad_node_stays_where_no_other_has_what_is_asked_for(
+    run: RunDir, in_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, left_out: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1,node2")
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\n{sbatch}\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    rundir.publish(run.submit, "#!/bin/bash\ntrue\n")
+    profile = {"constraint": "h100", "gpus_per_node": 0, "cpus_per_task": 2}
+    rundir.publish(run.cluster, yaml.safe_dump({"scheduler": "slurm", "nodes": 2, "processes": 1, "profile": profile}))
+    lost = {"node": 1, "state": "failed", "cause": "no answer", "word": "never_came"}
+    rundir.publish_json(run.attempt(0).node(1), lost)
+    said = concluded(run, node_job(run))
+    assert ("node1 stay" in said) == (not left_out), said
+    assert ("ExcNodeList=node1" in in_slurm.read_text()) == left_out
 
 
 @pytest.mark.parametrize(("ended", "answer"), [("failed", "RUNNING|None"), (None, "CANCELLED|None"), (None, "")])

@@ -3,8 +3,8 @@
 The trainers are stand-ins that only count; the signals, kills, limits and requeues are SLURM's own.
 """
 
+import contextlib
 import os
-import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -225,25 +225,20 @@ def test_R7_a_node_that_dies_costs_a_start_and_leaves_no_zombie(
 def kill_node(environment: dict[str, str], host: str, run: RunDir) -> None:
     """Kill a node's daemon and all that it has started, as a power cut would."""
     folder = str(Path(environment["SLURM_CONF"]).parent)
-    dead = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_text(errors="replace").split("\0")
-            variables = (entry / "environ").read_text(errors="replace").split("\0")
-            here = os.readlink(entry / "cwd") == folder
-        except OSError:  # it ended meanwhile
-            continue
-        daemon = here and command[0] == "slurmd" and host in command
-        step = here and re.match(r"slurmstepd: \[\d+\.", command[0]) and f"SLURMD_NODENAME={host}" in variables
-        if (
-            daemon
-            or step
-            or (f"SLURMD_NODENAME={host}" in variables and str(run.path) in "\0".join(variables + command))
-        ):
-            dead.append(int(entry.name))
-    assert dead
+    dead = set()
+    for pid, command, variables in processes():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            daemon = command[0] == "slurmd" and host in command and os.readlink(f"/proc/{pid}/cwd") == folder
+            if daemon or (f"SLURMD_NODENAME={host}" in variables and str(run.path) in "\0".join(variables + command)):
+                dead.add(pid)
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                # slurmstepd writes its title over its environment.
+                if Path(f"/proc/{parent}/cmdline").read_text().startswith("slurmstepd: "):
+                    dead.add(parent)
+    assert len(dead) > 2
     for pid in dead:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_S6_a_limit_of_starts_ends_a_run(environment: dict[str, str], tmp_path: Path, recipe: Path) -> None:
