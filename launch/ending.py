@@ -162,7 +162,9 @@ def _listening(run: RunDir, patience_s: float) -> bool:
         attempts = run.attempts()
         job = (rundir.read_json(attempts[-1].job) if attempts else None) or {}
         folders = [attempts[-1].path / "logs" / f"node-{node}" for node in range(job.get("nodes") or 0)]
-        begun = [folder for folder in folders if any((folder / n).exists() for n in ("check.json", "torchrun.log"))]
+        # The last: of slurm/train.sbatch, whose trainers are the first to write.
+        signs = ("check.json", "torchrun.log", "rank-*.log")
+        begun = [folder for folder in folders if any(True for sign in signs for _ in folder.glob(sign))]
         if job.get("state") == "running" and len(begun) == len(folders):
             return True
         if time.monotonic() > deadline or job.get("state") in status.FINAL:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,6 +184,13 @@ def test_test_only_asks_and_queues_nothing(environment: Environment, tmp_path: P
     assert not slurm(environment, "squeue", "-h")
 
 
+def listed(environment: Environment, folder: Path) -> list[dict[str, Any]]:
+    """What launch/jobs.py says of the runs of a folder."""
+    command = [sys.executable, str(ROOT / "launch" / "jobs.py"), "--json"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return list(json.loads(done.stdout))
+
+
 def test_S1_train_sbatch_saves_requeues_and_goes_on(environment: Environment, tmp_path: Path, recipe: Path) -> None:
     """Without submitit: the script for those who have their own ways."""
     env = stand_in(environment, until_asked=True) | {"PYTHON": sys.executable, "LAUNCHER": "standin"}
@@ -203,7 +211,21 @@ def test_S1_train_sbatch_saves_requeues_and_goes_on(environment: Environment, tm
     first, second = read(run.attempt(0).train), read(run.attempt(1).train)
     assert (first["state"], first["reason"], second["resumed_from"]) == ("stopped", "SIGUSR2", first["step"])
     assert "lr: 0.002" in run.config.read_text()
+    assert (read(run.attempt(0).job)["state"], read(run.attempt(0).job)["nodes"]) == ("requeued", 2)
+    assert [(told["state"], told["job"], told["attempt"]) for told in listed(environment, tmp_path)] == [
+        ("running", job_id, 1)
+    ]
     slurm(environment, "scancel", job_id)
     until(lambda: read(run.attempt(1).train)["state"] == "stopped", "it does not save", 60)
+    until(lambda: read(run.attempt(1).job)["state"] == "stopped", "its end is not recorded", 60)
+    assert [told["state"] for told in listed(environment, tmp_path)] == ["stopped"]
+    # The same job id's next one, which launch/jobs.py asks to stop: saved, and not requeued for its USR2.
+    job_id = send()
+    until(lambda: read(run.attempt(2).train).get("step", 0) > read(run.attempt(1).train)["step"] + 2, "no step", 60)
+    command = [sys.executable, str(ROOT / "launch" / "jobs.py"), "runs/x", "stop"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    until(lambda: not slurm(environment, "squeue", "-h", "-j", job_id, "-t", "PD,R,CG"), "it does not end", 60)
+    assert read(run.attempt(2).job)["state"] == "stopped"
     assert "optim.ler: unknown setting; did you mean optim.lr?" in (tmp_path / f"slurm-{bad}.out").read_text()
-    assert json.loads((run.checkpoints / "step").read_text()) == read(run.attempt(1).train)["step"]
+    assert json.loads((run.checkpoints / "step").read_text()) == read(run.attempt(2).train)["step"]
