@@ -11,9 +11,11 @@ A rank that marks nothing for its limit writes the stacks of all its threads and
 the other ranks a moment to do the same, says who is to blame, and ends with `os._exit`: a collective operation cannot
 be interrupted, and its ranks cannot be asked to agree.
 
-Three threads, since each may meet what hangs the run. The first only counts and touches no file, so that storage that
-hangs does not hang it. The second does what needs files, in a bounded time. The third is faulthandler's own, in C: it
-writes the stacks also while some extension, or a regular expression, holds the interpreter's lock.
+Two threads and a timer, since each may meet what hangs the run. The first thread only counts and touches no file, so
+that storage that hangs does not hang it. The second does what needs files, in a bounded time. The timer is the kernel's
+(SIGALRM): faulthandler's handler, in C, writes the main thread's stack also while some extension, or a regular
+expression, holds the interpreter's lock. Its own thread for that (`dump_traceback_later`) would be there at forks,
+whose children then wait for its locks at their end for ever, and it reads the stacks of threads that may be running.
 
 Time is what the first thread has lived through, in its own short sleeps: a process that was stopped as a whole
 (SIGSTOP, a suspended machine) and goes on is not taken for hung.
@@ -21,10 +23,10 @@ Time is what the first thread has lived through, in its own short sleeps: a proc
 
 import contextlib
 import faulthandler
-import functools
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -63,9 +65,9 @@ _PROGRESS = {
     "where": str,
     "in_collective": bool,
 }
-_TIMER = threading.RLock()
-"""Held while faulthandler's thread is started or ended, and over every fork: see `_spare_children`."""
-_HEAD = re.compile(r"rank \d+ on (?P<host>\S+), process \d+; its main thread is (?P<main>0x[0-9a-f]+)\n")
+_HEAD = re.compile(r"rank \d+ on (?P<host>\S+), process \d+; ")
+_STACK = "Stack (most recent call first):\n"
+"""What faulthandler writes above the stack of one thread alone."""
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 
 
@@ -109,7 +111,7 @@ class Watchdog:
         self._stacks = attempt.stacks(rank)
         self._file: Any = sys.__stderr__
         self._stale = False
-        """Whether faulthandler's thread may have written stacks though this process only stood still."""
+        """Whether faulthandler may have written a stack though this process only stood still."""
 
     def mark(self, step: int, phase: str, limit_s: float | None = None) -> None:
         """This rank goes on, in `phase` of update `step`. `limit_s`: until the next mark; default: the watchdog's."""
@@ -130,7 +132,7 @@ class Watchdog:
         except OSError as error:
             self._file = sys.__stderr__
             print(f"{self._stacks} cannot be written ({error.strerror}): stacks go to stderr", file=sys.stderr)
-        _spare_children()
+        faulthandler.register(signal.SIGALRM, file=self._file, all_threads=False)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watcher.start()
         threading.Thread(target=self._listen, name="watchdog, called by others", daemon=True).start()
@@ -142,7 +144,9 @@ class Watchdog:
         self._ended.set()
         # When the first rank ends itself, the others wake up with an error: what they are about to say is said first.
         self._watcher.join(self._grace_s + REPORT_S + 5 if self._hung.is_set() else 5)
-        _disarm()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        # Unregistered, a signal that is under way would end the process; and another file may get this one's number.
+        faulthandler.register(signal.SIGALRM, file=2, all_threads=False)
         if self._file is not sys.__stderr__ and self._dumping.acquire(timeout=5):
             with contextlib.suppress(OSError):  # of a disk that is full by now
                 self._file.close()
@@ -160,7 +164,7 @@ class Watchdog:
             if self._ended.wait(self._tick_s):
                 return
             slept = time.monotonic() - before
-            _disarm()
+            signal.setitimer(signal.ITIMER_REAL, 0)
             self._stale = self._stale or slept >= armed_s  # it lives by the clock
             mark = self._mark
             if mark is not seen:
@@ -188,8 +192,7 @@ class Watchdog:
         """For the case that this thread will not get the interpreter's lock back; returns when, in seconds."""
         left = max(mark.limit_s - self._waited, 0.0) + 4 * self._tick_s
         if left < threading.TIMEOUT_MAX:
-            with _TIMER:
-                faulthandler.dump_traceback_later(left, file=self._file)
+            signal.setitimer(signal.ITIMER_REAL, left)
         return left
 
     def _debugged(self) -> bool:
@@ -334,27 +337,6 @@ class Watchdog:
             self._head()
 
 
-def _disarm() -> None:
-    with _TIMER:
-        faulthandler.cancel_dump_traceback_later()
-
-
-@functools.cache
-def _spare_children() -> None:
-    """No fork while faulthandler's thread lives; the watchdog starts the next one a tick later.
-
-    A child has the locks of that thread and not the thread, and would wait for it for ever at its end. Other hooks run
-    between this one and the fork, and may let the watchdog's thread run: what it would start waits for the lock. The
-    child's copy of the lock is held by the thread that forked, which is the child's only one.
-    """
-
-    def before() -> None:
-        _TIMER.acquire()
-        faulthandler.cancel_dump_traceback_later()
-
-    os.register_at_fork(before=before, after_in_parent=_TIMER.release, after_in_child=_TIMER.release)
-
-
 def stands(frame: FrameType | None) -> tuple[str, bool]:
     """(the top frame of our own code below `frame`, whether it waits in a collective operation)."""
     where, top, waits = "", "", False
@@ -462,7 +444,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _left_before(path: Path) -> dict[str, str] | None:
     """From the file of stacks of a rank whose Python code cannot run: its host, and where its main thread stands.
 
-    It wrote the first line itself when it began; stacks are there if faulthandler's thread could write them.
+    It wrote the first line itself when it began; a stack is there if faulthandler could write it.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -471,7 +453,7 @@ def _left_before(path: Path) -> dict[str, str] | None:
     head = _HEAD.match(text)
     if not head:
         return None
-    _, _, stack = text.partition(f"hread {head['main']} ")
+    _, _, stack = text.partition(_STACK)
     frames = [(f["file"], int(f["line"]), f["function"]) for f in _FRAME.finditer(stack.partition("\n\n")[0])]
     top = f"{frames[0][0]}:{frames[0][1]} in {frames[0][2]}" if frames else ""
     return {"host": head["host"], "where": next(filter(None, (faults.place(*frame) for frame in frames)), top)}
