@@ -154,11 +154,16 @@ class Writer:
         """Take a checkpoint of the step just done, unless there is one; the step of `best` is kept beside the newest.
 
         Returns when the state is copied, or with checkpoint.asynchronous=false when it is written. Raises SaveFailed
-        if the save before failed and checkpoint.on_failure says stop; Fenced if a newer attempt has taken over.
+        if the save before failed and checkpoint.on_failure says stop, once this one has been tried: the disk may have
+        room again. Raises Fenced if a newer attempt has taken over.
         """
         began = time.monotonic()
         step = self._engine.steps
-        self.wait()
+        failed: SaveFailed | None = None
+        try:
+            self.wait()
+        except SaveFailed as error:
+            failed = error
         if self._saved == step:
             if self._me.first:
                 self._prune(best)
@@ -173,7 +178,7 @@ class Writer:
             "counters": self._engine.counters(),
             "position": position,
             "identity": self._identity.model_dump(),
-            "wandb": _text(self._run.wandb / "run-id"),
+            "wandb": self._run.wandb_id if self._me.first else None,  # it is rank 0's record that is published
             **self._about,
         }
         blocked = time.monotonic() - began
@@ -182,6 +187,9 @@ class Writer:
         )
         self._thread = work
         work.start()
+        if failed:
+            self.wait()
+            raise SaveFailed(f"{failed}; that of step {step}, where the run ends, could")
         if not self._settings.asynchronous:
             self.wait()
 
@@ -209,6 +217,13 @@ class Writer:
                 self.wait()
         news, self._news = self._news, []
         return news
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether this rank knows of a save that has failed, and checkpoint.on_failure says stop; does not wait."""
+        over = self._thread is not None and not self._thread.is_alive() and self._error is None
+        failed = over and self._outcome is not None and self._outcome.fault is not None
+        return failed and self._settings.on_failure == "stop"
 
     def close(self, seconds: float = 60.0) -> None:
         """At the end of an attempt that failed: let a save in flight finish, but not for ever."""
@@ -343,7 +358,11 @@ class Writer:
                 return
         except (OSError, ValueError):
             return
-        entries = list(manifest.entries(self._run, thorough=False))
+        try:
+            entries = list(manifest.entries(self._run, thorough=False))
+        except OSError as error:
+            print(f"{self._run.checkpoints} cannot be looked through, nothing is pruned: {error.strerror}")
+            return
         whole = [entry.step for entry in entries if entry.fault is None and entry.step not in self._damaged]
         damaged = [entry.step for entry in entries if entry.step not in whole]
         for step in manifest.superfluous(whole, damaged, self._settings.keep, best):
@@ -569,10 +588,6 @@ class _Pieces:
                 left -= last - first
         if left:
             raise Damaged(f"{self._folder}: {key} is not all there ({left:,} of {len(into):,} values are missing)")
-
-
-def _text(path: Path) -> str | None:
-    return path.read_text() if path.exists() else None
 
 
 def _random_state() -> dict[str, torch.Tensor]:

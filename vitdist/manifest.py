@@ -171,10 +171,13 @@ def steps(run: RunDir) -> list[int]:
 
 def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Raises Damaged."""
-    if not folder.is_dir():
-        raise Damaged("it is not there")
-    if (folder / _NAME).exists() and not (folder / _NAME).is_file():
-        raise Damaged(f"{_NAME} is no file")
+    try:
+        if not folder.is_dir():
+            raise Damaged("it is not there")
+        if (folder / _NAME).exists() and not (folder / _NAME).is_file():
+            raise Damaged(f"{_NAME} is no file")
+    except OSError as error:  # is_dir and its like pass on what shared storage says in a bad moment
+        raise Damaged(f"it cannot be read ({error.strerror})") from None
     try:
         record = rundir.read_json(folder / _NAME)
     except (ValueError, OSError, AttributeError, TypeError, RecursionError) as error:
@@ -190,6 +193,8 @@ def read(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise Damaged(f"{_NAME} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
+    if len(manifest.files) != manifest.world:  # before a set of a stranger's billion names is made
+        raise Damaged(f"{_NAME} is damaged (files: {len(manifest.files):,} for {manifest.world:,} ranks)")
     # A name out of the folder would make a stranger's manifest read any file.
     wanted = {file_of(rank) for rank in range(manifest.world)}
     if set(manifest.files) != wanted:

@@ -247,13 +247,14 @@ class Mirror:
             self._say(
                 f"W&B is kept offline, as there is no API key: `wandb login`, then `vitdist sync {self._run.path}`"
             )
-        id_file = self._run.wandb / "run-id"
-        if not id_file.exists():
-            rundir.publish(id_file, secrets.token_hex(4))
+        name = self._run.wandb_id
+        if name is None:
+            name = secrets.token_hex(4)
+            rundir.publish(self._run.wandb / "run-id", name)
         _try_disk(self._run.wandb)
         if online:
             try:
-                return self._init("online", id_file.read_text())
+                return self._init("online", name)
             except Exception as error:  # no network, no answer, a wrong key: all of them leave the offline way
                 if self._given_up.is_set():
                     raise
@@ -262,7 +263,7 @@ class Mirror:
                 )
                 with contextlib.suppress(Exception, SystemExit):
                     wandb.teardown()
-        return self._init("offline", id_file.read_text())
+        return self._init("offline", name)
 
     def _init(self, mode: Literal["online", "offline"], name: str) -> Any:
         import wandb

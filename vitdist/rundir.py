@@ -160,6 +160,15 @@ class RunDir:
         return self.path / "wandb"
 
     @property
+    def wandb_id(self) -> str | None:
+        """The run's name at W&B; None where there is none yet, or none that can be read."""
+        try:
+            name = (self.wandb / "run-id").read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return None
+        return name if re.fullmatch(r"[0-9a-z_-]{1,64}", name) else None
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 

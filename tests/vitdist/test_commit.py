@@ -608,3 +608,64 @@ def test_C3_a_failed_save_is_told_and_ends_the_run_only_if_asked(
         written.wait()
     monkeypatch.undo()
     assert go_on(run)[0].steps == 3
+
+
+def test_C3_a_run_that_ends_for_a_failed_save_tries_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = saved(tmp_path / "run")
+    state, _ = go_on(run)
+    written = writer_of(run, state, attempt=1, on_failure="stop")
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    state.update()
+    assert not written.must_stop
+    written.save({})
+    written.close()
+    assert written.must_stop
+    assert written.news() == []
+    monkeypatch.undo()
+    state.update()
+    with pytest.raises(SaveFailed, match=r"step 4 could not .*; that of step 5, where the run ends, could"):
+        written.save({})
+    assert go_on(run)[0].steps == 5
+
+
+def test_C4_a_folder_that_cannot_be_looked_at_is_passed_over(tmp_path: Path) -> None:
+    """What a bad moment of shared storage says of one old checkpoint ends no save and no resume."""
+    run = saved(tmp_path / "run")
+    odd = run.checkpoints / manifest.name_of(9)
+    odd.symlink_to("x" * 300)  # every look at it is refused: File name too long
+    state, _ = go_on(run)
+    assert state.steps == 3
+    written = writer_of(run, state, attempt=1)
+    state.update()
+    written.save({})
+    written.wait()
+    assert [outcome.fault for outcome in written.news()] == [None]
+    assert "it cannot be read (File name too long)" in str([entry.fault for entry in manifest.entries(run, True)])
+
+
+@pytest.mark.parametrize("left", [b"3f\xe1a9c01", b"", b"../../x"])
+def test_W6_a_damaged_name_of_the_wandb_run_ends_no_save(tmp_path: Path, left: bytes) -> None:
+    run = saved(tmp_path / "run")
+    run.wandb.mkdir(exist_ok=True)
+    (run.wandb / "run-id").write_bytes(left)
+    state, _ = go_on(run)
+    written = writer_of(run, state, attempt=1)
+    state.update()
+    written.save({})
+    written.wait()
+    assert manifest.read(run.checkpoints / manifest.name_of(4)).wandb is None
+
+
+def test_a_strangers_manifest_of_a_billion_ranks_costs_no_memory(tmp_path: Path) -> None:
+    run = saved(tmp_path / "run")
+    path = run.checkpoints / manifest.name_of(3) / "manifest.json"
+    record = json.loads(path.read_text())
+    record["world"] = 10**12
+    record["digest"] = manifest.own_digest(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(manifest.Damaged, match=r"files: 1 for 1,000,000,000,000 ranks"):
+        manifest.read(path.parent)

@@ -138,8 +138,8 @@ SAMPLE = [
     # steps, ranks, stage, precision, who is struck, signal and points in turn
     (6, 1, 0, "fp32", "all", "KILL import step accumulation write rename"),
     (6, 1, 2, "fp16", "all", "KILL rendezvous vote evaluation export report"),
-    (6, 2, 2, "fp32", "1", "KILL rendezvous step+1 write vote"),
-    (9, 2, 1, "fp32", "all", "USR2 rendezvous accumulation vote export"),
+    (6, 2, 2, "fp32", "1", "KILL rendezvous step step+1 write vote"),
+    (9, 2, 1, "fp32", "all", "USR2 rendezvous step accumulation vote export"),
     (6, 2, 3, "fp16", "all", "KILL evaluation renamed exported"),
     (6, 2, 0, "fp16", "1", "TERM start accumulation rename"),
 ]
@@ -153,7 +153,7 @@ def everything() -> list[Any]:
     ):
         draw = random.Random(number)
         last = LAST if name == "KILL" else draw.choices(LAST)
-        within = [f"step+{draw.randint(1, 4)}", *WITHIN]
+        within = ["step", f"step+{draw.randint(1, 4)}", *WITHIN]
         points = " ".join([name, *BEFORE, *within, *last])
         told = f"{name}-{world}-{who}-{zero}-{precision}"
         found.append(pytest.param(44, world, zero, precision, who, points, id=told, marks=pytest.mark.full))
