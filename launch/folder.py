@@ -50,15 +50,15 @@ def made(run: RunDir, parts: Parts) -> Iterator[None]:
     Raises OSError for a full disk, SettingsError for a folder of pickles that is another user's.
     """
     new, new_parent = not run.path.exists(), not run.path.parent.exists()
-    before: bytes | None = None
+    before: dict[Path, bytes] = {}
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         if parts.new_code or not run.code.exists():
             _freeze(run, parts)
+        private(run.submitit)
+        before = {path: path.read_bytes() for path in (run.cluster, run.submit, run.config) if path.exists()}
         rundir.publish(run.cluster, yaml.safe_dump(parts.place, sort_keys=False, allow_unicode=True))
         rundir.publish(run.submit, parts.script)
-        private(run.submitit)
-        before = None if new else run.config.read_bytes()
         rundir.publish(run.config, config.to_yaml(parts.settings))
         run.stop.unlink(missing_ok=True)  # the wish of an earlier job
         yield
@@ -66,9 +66,9 @@ def made(run: RunDir, parts: Parts) -> Iterator[None]:
         if new:
             remove(run.path, new_parent)
         else:
-            if before is not None:
+            for path, content in before.items():
                 with contextlib.suppress(OSError):  # a full disk, of which the error tells that is raised below
-                    rundir.publish(run.config, before)
+                    rundir.publish(path, content)
             # What is written before there is a job id.
             for left in run.submitit.glob("[!_]" * 32 + ".pkl"):
                 if not left.is_symlink():

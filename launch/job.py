@@ -39,6 +39,8 @@ MARGIN_S = 15.0
 """Left of SLURM's warning time for the requeue."""
 SILENCE_S = 300.0
 """A controller that is started anew says nothing for so long at most."""
+WARNED = 128 + signal.SIGUSR2
+"""srun's exit code for a process that the warning has ended."""
 SAVES = 1.5
 """A checkpoint may take so many times the newest one's seconds: shared storage has good and bad hours."""
 
@@ -71,6 +73,7 @@ class NodeJob:
         if record["state"] == "done" and record.get("attempt", 0) >= self.base_attempt:
             return "done"  # SLURM restarted a finished run; one that an earlier job finished is to be made longer
         if self.kind == "slurm" and run.stop.exists():  # asked for in the start before, which was cut off
+            here(self).refrain()
             sys.exit(rundir.EXIT_STOPPED)
         self._listen()
         node = here(self)
@@ -106,13 +109,23 @@ class NodeJob:
         job not been killed, or hung before it met the others. Returns the state; None: there is nothing to do.
         """
         node = here(self)
+        try:
+            if not node.take_over():
+                return None
+        except OSError as error:
+            print(f"not started again: {node.run.path} cannot be written ({error.strerror})", flush=True)
+            return None
         # What ends a job that is not RUNNING is SLURM's affair, or the user's.
-        if not node.take_over() or not self._running(node):
+        if not self._running(node):
+            if slurm.state(node.job_id) == "UNKNOWN":
+                print(f"not started again: SLURM does not answer; --name {node.run.name} goes on", flush=True)
             return None
         state, cause = node.verdict(code), node.said.fault
+        if code == WARNED and not node.attempt.train.exists():
+            state = "stopped"  # SLURM's warning ends a Python that does not listen yet: no crash
         if state != "done" and not cause:
-            killed = f"the job of the first node ({node.hosts[0]}) was killed, or hung (exit code {code})"
-            cause = killed if state == "stopped" else node.cause(killed)
+            unsaid = node.unsaid(code)
+            cause = unsaid if state == "stopped" else node.cause(unsaid)
         return self._end(node, state, cause, code)
 
     def checkpoint(self) -> DelayedSubmission:

@@ -34,6 +34,8 @@ RECORD_S = 1800.0
 """Longest wait for the first node's last word: it exports and writes the report after the others are done."""
 PATIENCE_S = {"slurm": 10.0, "local": 3.0}
 """For what another node writes to reach this one, and for the ranks of a run that lost one to say so."""
+SPARE_S = 3.0
+"""For each question about nodes that may be left out: all of them fit before a time limit (MARGIN_S)."""
 CAUSE_S = {"slurm": 5.0, "local": 15.0}
 """For the node of the rank that failed first to name it. Nodes on one machine share its cores with all ranks' ends."""
 
@@ -95,16 +97,24 @@ class Node:
             self._had = max(manifest.steps(self.run), default=0)
             self._publish("running", None, None, None)
 
+    def refrain(self) -> None:
+        """Record a start that was not to be: the wish to stop came before it."""
+        if self.first:
+            self.begin()
+            self.end("stopped", None, None)
+
     def take_over(self) -> bool:
         """In the batch script, where the step has ended: as `begin` left it; False if the first node has had its say.
 
-        Where the others have not found the first node, that is the fault.
+        Where the others have not found the first node, that is the fault. Raises OSError where no record can be
+        written: a start of which nothing is known would be requeued for ever.
         """
         told = _read(self.attempt.job)
         if told.get("ended"):
             return False
         self._started = told.get("started") or self._started
         self._had = int(told.get("had") or 0) if told else max(manifest.steps(self.run), default=0)
+        self._publish("running", None, None, None)
         lost = next((other for other in self.others() if other.get("word") == "never_came"), None)
         if lost and _read(self.attempt.node(0)).get("word") is None:
             self.said = Answer(str(lost["cause"]), "never_came", self.hosts[:1])
@@ -254,6 +264,15 @@ class Node:
                 return unsaid if found.cascade and unsaid else found.text
             time.sleep(POLL_S)
 
+    def unsaid(self, code: int) -> str:
+        """The cause where the first node's own job has left no word; `code`: the exit code of the step."""
+        log = self.run.submitit / f"{self.job_id}_0_log.out"
+        if code > 128:
+            how = f"was killed (signal {code - 128})"
+        else:
+            how = f"ended with exit code {code} before it could say why: {why.last_line(why.tail(log))}"
+        return f"the job of the first node ({self.hosts[0]}) {how} ({log})"
+
     def decide(self, state: str, warned: bool) -> Decision:
         """What follows this start, by the rules of launch/policy.py."""
         record = _read(self.attempt.train)
@@ -331,11 +350,11 @@ class Node:
             # SLURM itself knows which nodes have what the job asks for, and are up.
             script = self.run.submit.read_text(encoding="utf-8")
             flag = f"--exclude={','.join([*own, *hosts])}"
-            without, _ = slurm.test_only(script, PATIENCE_S["slurm"], flags=[flag])
-            if without is not None and (without or slurm.test_only(script, PATIENCE_S["slurm"])[0]):
+            without, _ = slurm.test_only(script, SPARE_S, flags=[flag])
+            if without is not None and (without or slurm.test_only(script, SPARE_S)[0]):
                 return without
         # It is silent, or does not take the job from here at all.
-        there = slurm.partitions(PATIENCE_S["slurm"])
+        there = slurm.partitions(SPARE_S)
         gpus = int(profile.gpus_per_node) if profile.gpu_request != "none" else 0
         known = sum(kind.number for kind in there.nodes(self.partition) if kind.gpus >= gpus) if there else 0
         named = [name for nodes in own for name in slurm.hostnames(nodes)]

@@ -373,10 +373,13 @@ def _of_run(text: str, runs: Path) -> tuple[str, str, str]:
 
 
 def runs_folder(text: str) -> Path:
-    path = Path(os.path.expanduser(text)).absolute()
+    return _for_slurm(Path(os.path.expanduser(text)).absolute(), f"--runs {text!r}")
+
+
+def _for_slurm(path: Path, given: str) -> Path:
     # SLURM expands % and \ in names of log files, and a script's line ends where the line does.
     if any(odd in "%\\" or not odd.isprintable() for odd in str(path)):
-        raise SettingsError(f"--runs {text!r}: SLURM cannot write logs to a path with %, \\ or signs that do not print")
+        raise SettingsError(f"{given}: SLURM cannot write logs to a path with %, \\ or signs that do not print")
     return path
 
 
@@ -390,7 +393,7 @@ def run_named(text: str, runs: Path, flag: str) -> RunDir:
     """A run by its folder, or by its name among `runs`. Raises SettingsError."""
     for path in (Path(os.path.expanduser(text)).absolute(), runs / text):
         if (path / "config.yaml").is_file() or (path / sweep.FILE).is_file():
-            return RunDir(path)
+            return RunDir(_for_slurm(path, f"{flag} {text!r}"))
     names = [path.name for path in runs.iterdir()] if runs.is_dir() else []
     near = difflib.get_close_matches(Path(text).name, names, 1)
     hint = f"did you mean {near[0]}?" if near else "give its folder, or --runs where it lies"
@@ -401,7 +404,9 @@ def _name(args: argparse.Namespace, source: Path) -> str:
     """Of the run or sweep; decided once, as it may hold the time."""
     if args.resume:
         args.name = run_named(args.resume, runs_folder(args.runs), "--resume").name
-    args.name = args.name or f"{source.stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    # A recipe's file may be called anything.
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem).strip("-._")[:80] or "run"
+    args.name = args.name or f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     return rundir.check_name(args.name)
 
 

@@ -87,7 +87,7 @@ def _epilogue(submitit: Path | str) -> list[str]:
     look = f"[ $code = 0 ] || {_python('launch.epilogue', submitit)} $code"
     return [
         'eval "set -- $(trap -p EXIT)"; at_exit=${3-}',
-        f"epilogue() {{ code=$?; trap '' TERM USR2; {look}; eval \"$at_exit\"; }}",
+        f"epilogue() {{ code=$?; set +e; trap '' TERM USR2; {look}; (exit $code); eval \"$at_exit\"; }}",
         "trap epilogue EXIT",
     ]
 

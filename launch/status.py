@@ -108,6 +108,9 @@ def look(run: RunDir) -> Folder:
         job_id = slurm.job_of(run)
         if job.get("scheduler") == "local" or (attempt and not job and train):  # it went on on a machine without SLURM
             job_id = job_id if job_id and _changed(run.path / "slurm_job") > _seconds(job, train) else None
+        hosts = job.get("hosts") or []
+        if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+            raise ValueError(f"{attempt.job.name if attempt else ''}: hosts is no list of names")
         other = str(job.get("job_id")) if job.get("scheduler") == "slurm" else job_id
         inside = other != job_id and _seconds(job) > _changed(run.path / "slurm_job")
         folder = Folder(

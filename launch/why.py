@@ -88,7 +88,7 @@ def cause(attempt: Attempt) -> Cause:
         if node.get("cause"):
             return Cause(f"{node['host']}: {node['cause']}", False)
     for log in _torchrun_logs(attempt):
-        if line := _last_line(tail(log)):
+        if line := last_line(tail(log)):
             return Cause(f"{line} ({log})", False)
     return Cause(f"no trainer left a word; the node logs are in {_submitit(attempt)}", True)
 
@@ -251,11 +251,11 @@ def _of_rank(failure: torchrun.Failure, log: Path, torchrun_log: Path) -> tuple[
         waited = name == "SIGABRT" and "ollective operation timeout" in tail(log)
         hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
         return f"rank {failure.rank} was killed by {name}{hint} ({log})", waited
-    line = _last_line(tail(log)) or _last_line(tail(torchrun_log))
+    line = last_line(tail(log)) or last_line(tail(torchrun_log))
     return f"rank {failure.rank}: {line.removeprefix(f'rank {failure.rank}: ')} ({log})", faults.peer_gone(line)
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     """The last line that names an error, else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1] if lines else "")

@@ -24,7 +24,7 @@ module load cuda/13.0
 cd PLACE/runs/vit/code || exit 1
 export PYTHONPATH=PLACE/runs/vit/code${PYTHONPATH:+:$PYTHONPATH}
 eval "set -- $(trap -p EXIT)"; at_exit=${3-}
-epilogue() { code=$?; trap '' TERM USR2; [ $code = 0 ] || PYTHON -u -m launch.epilogue PLACE/runs/vit-"$(printf %02d "$SLURM_ARRAY_TASK_ID")"/submitit $code; eval "$at_exit"; }
+epilogue() { code=$?; set +e; trap '' TERM USR2; [ $code = 0 ] || PYTHON -u -m launch.epilogue PLACE/runs/vit-"$(printf %02d "$SLURM_ARRAY_TASK_ID")"/submitit $code; (exit $code); eval "$at_exit"; }
 trap epilogue EXIT
 
 # command

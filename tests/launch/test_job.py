@@ -295,13 +295,40 @@ def test_the_batch_script_leaves_alone_what_is_decided(
 def test_R5_a_killed_first_node_is_a_crash(run: RunDir, in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rundir.publish_json(run.attempt(0).job, {"attempt": 0, "state": "running", "ended": None, "had": 0})
     assert concluded(run, node_job(run)) == "starts again: crash 1 of 3 without a new checkpoint\n"
-    assert (
-        read(run.attempt(0).job)["cause"] == "the job of the first node (localhost) was killed, or hung (exit code 137)"
-    )
+    cause = read(run.attempt(0).job)["cause"]
+    assert cause.startswith("the job of the first node (localhost) was killed (signal 9)"), cause
     for number in (1, 2):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
         said = concluded(run, node_job(run))
     assert said == "not started again: 3 starts in a row have failed without a new checkpoint\n"
+
+
+def test_a_first_node_that_ended_by_itself_is_quoted(run: RunDir, in_slurm: Path) -> None:
+    run.submitit.mkdir(exist_ok=True)
+    (run.submitit / "4711_0_log.out").write_text("srun: x\nModuleNotFoundError: No module named 'submitit'\n")
+    concluded(run, node_job(run), 1)
+    told = "ended with exit code 1 before it could say why: ModuleNotFoundError: No module named 'submitit' ("
+    assert told in read(run.attempt(0).job)["cause"]
+
+
+def test_S8_a_warning_before_anybody_listens_is_no_crash(run: RunDir, in_slurm: Path) -> None:
+    assert concluded(run, node_job(run), 128 + signal.SIGUSR2) == "starts again: stopped by SLURM\n"
+
+
+def test_S7_a_run_folder_that_takes_no_record_is_not_requeued(run: RunDir, in_slurm: Path) -> None:
+    """Starts of which nothing is known would be requeued for ever."""
+    run.attempt(0).path.parent.mkdir(exist_ok=True)
+    run.attempt(0).path.write_text("")  # in the way of the folder
+    assert "cannot be written (" in concluded(run, node_job(run))
+    assert "requeue" not in (in_slurm.read_text() if in_slurm.exists() else "")
+
+
+def test_a_wish_to_stop_before_a_start_is_its_end(run: RunDir, in_slurm: Path) -> None:
+    rundir.publish_json(run.stop, {"time": rundir.now(), "by": "me", "checkpoint": True})
+    assert under_submitit(run, node_job(run)).wait(60) == rundir.EXIT_STOPPED
+    assert concluded(run, node_job(run), rundir.EXIT_STOPPED) == ""
+    record = read(run.attempt(0).job)
+    assert (record["state"], record["cause"]) == ("stopped", None)
 
 
 @contextlib.contextmanager
@@ -441,7 +468,8 @@ def test_a_wish_to_stop_outlives_a_node_and_the_exit_code_tells_it(run: RunDir, 
     with pytest.raises(SystemExit) as ended:
         node_job(run)()
     assert ended.value.code == rundir.EXIT_STOPPED
-    assert not run.attempt(0).path.exists()
+    assert read(run.attempt(0).job)["state"] == "stopped"
+    assert not run.attempt(0).train.exists()
 
 
 def test_a_torn_dump_of_submitit_is_removed(run: RunDir, in_slurm: Path) -> None:

@@ -280,7 +280,13 @@ def test_R7_a_job_that_slurm_starts_again_after_a_nodes_end_is_not_over(
 def test_broken_folders_cost_one_line(runs: Path, capsys: pytest.CaptureFixture[str], command: Put) -> None:
     squeue(command)
     made(runs, "good")
-    for name, content in (("torn", '{"attempt": 0,'), ("list", "[]"), ("newer", '{"schema": 99}'), ("bytes", "\xff")):
+    for name, content in (
+        ("torn", '{"attempt": 0,'),
+        ("hosts", '{"schema": 1, "state": 5, "hosts": 3}'),
+        ("list", "[]"),
+        ("newer", '{"schema": 99}'),
+        ("bytes", "\xff"),
+    ):
         run = made(runs, name)
         run.attempt(0).path.mkdir(parents=True)
         run.attempt(0).job.write_bytes(content.encode("latin-1"))
@@ -296,10 +302,11 @@ def test_broken_folders_cost_one_line(runs: Path, capsys: pytest.CaptureFixture[
         "newer",
         "bytes",
         "odd",
+        "hosts",
     }
     assert found["good"]["state"] == "new"
     assert "newer vitdist (schema 99" in found["newer"]["note"]
-    assert set(found) == {"good", "torn", "list", "newer", "bytes", "odd"}
+    assert set(found) == {"good", "torn", "list", "newer", "bytes", "odd", "hosts"}
     for arguments in (("torn",), ("torn", "why"), ("torn", "stop"), ("torn", "logs", "-f"), ("torn", "follow")):
         code, out, err = told(capsys, *arguments)
         assert code in (0, 2)

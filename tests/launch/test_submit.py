@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,6 +86,23 @@ def test_the_script_is_the_one_that_submitit_makes(place: Path) -> None:
     parameters = submitit_parameters(profile, 4, "vit", RunDir(place / "a b"))
     theirs = _make_sbatch_string(command="python x", folder=place / "a b", **parameters)
     assert scripts.sbatch(parameters, "python x", place / "a b" / "%j") == theirs
+
+
+@pytest.mark.parametrize(("site", "told"), [("", ""), ("set -eu\ntrap 'echo bye $?' EXIT\n", "bye 7\n")])
+@pytest.mark.parametrize("looks", [0, 1])
+def test_the_batch_scripts_last_act_keeps_the_exit_code_and_a_sites_trap(
+    place: Path, site: str, told: str, looks: int
+) -> None:
+    """Run by bash, with a `python` that says how it was called and ends well or not."""
+    lines = scripts._epilogue(place / "it's a run" / "submitit")
+    python = place / "py thon"
+    python.write_text(f'#!/bin/sh\necho "$*"\nexit {looks}\n')
+    python.chmod(0o755)
+    text = site + "\n".join(lines).replace(shlex.quote(sys.executable), shlex.quote(str(python)))
+    for code, said in ((7, f"-u -m launch.epilogue {place}/it's a run/submitit 7\n"), (0, "")):
+        done = subprocess.run(["bash", "-c", f"{text}\n(exit {code})"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (code, "")
+        assert done.stdout == said + told.replace("7", str(code))
 
 
 def test_a_dry_run_is_what_will_be_submitted(slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -705,6 +723,41 @@ def test_a_run_is_resumed_by_its_name_with_its_settings_and_place(
         code, _, err = in_process(capsys, *arguments)
         assert code == 2
         assert f"error: {said}" in err
+
+
+def test_a_resume_that_sbatch_refuses_leaves_the_place_as_it_was(
+    slurm: Put, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "mine.yaml").write_text(PROFILE)
+    first = ["--config", "tiny.yaml", "--cluster", "mine.yaml", "--name", "x", "--nodes", "4"]
+    assert in_process(capsys, *first)[0] == 0
+    run = RunDir(place / "runs" / "x")
+    before = [path.read_bytes() for path in (run.cluster, run.submit, run.config)]
+    slurm("squeue", "true")
+    slurm("sbatch", '[ "$1" = --parsable ] || exit 0; echo "Job violates accounting policy" >&2; exit 1')
+    code, _, err = in_process(capsys, "--resume", "x", "--nodes", "2", "train.epochs=5")
+    assert code != 0
+    assert "accounting policy" in err
+    assert [path.read_bytes() for path in (run.cluster, run.submit, run.config)] == before
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("my recipe.yaml", "my-recipe"), ("münch.yaml", "m-nch"), ("--.yaml", "run")]
+)
+def test_a_recipe_may_be_called_anything(place: Path, capsys: pytest.CaptureFixture[str], file: str, name: str) -> None:
+    (place / file).write_text((place / "tiny.yaml").read_text())
+    code, out, err = in_process(capsys, f"--config={file}", "--dry-run", "--cluster", "local")
+    assert code == 0, err
+    assert re.search(rf"runs/{name}-\d{{8}}-\d{{6}}", out)
+
+
+def test_a_run_in_a_folder_that_slurm_would_expand_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = place / "p%j" / "ok"
+    odd.mkdir(parents=True)
+    (odd / "config.yaml").write_text((place / "tiny.yaml").read_text())
+    code, _, err = in_process(capsys, "--resume", str(odd), "--dry-run")
+    assert code == 2
+    assert "SLURM cannot write logs to a path with %" in err
 
 
 def test_after_waits_for_a_job_that_may_still_be_done(
