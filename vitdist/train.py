@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from vitdist import changes, config, console, faults, ledger, manifest, rundir, stop
 from vitdist.config import Batch, Config, Pixels, SettingsError
@@ -55,7 +55,6 @@ if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad 
 # Start-up, export and report read and write whole models while other ranks wait: so many times engine.hang_s.
 LONG = 3
 
-Result = TypeVar("Result")
 SLOW_LINK = 2.0
 """GB/s of an all-reduce between GPUs; ethernet of 25 Gbit/s reaches 3, InfiniBand and NVLink 20 to 400."""
 _LINK = (
@@ -176,14 +175,14 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
     began = time.monotonic()
     engine = settings.engine
     with dist.processes(None if engine.threads == "auto" else engine.threads, _group_timeout(engine)) as me:
-        run = RunDir(Path(_of_first(me, lambda: str(place().path))))
+        run = RunDir(Path(me.of_first(lambda: str(place().path))))
         number = me.from_first(run.next_attempt() if attempt is None and me.first else attempt)
         here = run.attempt(number)
         mark = Mark(0, 0, "starting", math.inf)
         try:
             with _only_writer(run, me), Journal(run, here, me.first) as journal:
                 journal.stage("torch and ranks")
-                _of_first(me, lambda: manifest.clean(run))
+                me.of_first(lambda: manifest.clean(run))
                 hung = functools.partial(_hung, journal)
                 with Watchdog(here, me.rank, me.world, engine.hang_s, hung) as watchdog:
                     watchdog.mark(0, "starting", LONG * engine.hang_s)
@@ -306,15 +305,14 @@ def _assemble(
     from vitdist.engine import Engine  # asks at import which device `dist` chose
 
     given = settings
-    batch = _on_every_rank(me, lambda: config.split_batch(settings.train, me.world))
-    _on_every_rank(me, lambda: augment.check(settings.data, batch.micro_batch))
-    training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch))
+    batch = me.on_every_rank(lambda: config.split_batch(settings.train, me.world))
+    me.on_every_rank(lambda: augment.check(settings.data, batch.micro_batch))
+    training, val_set = me.on_every_rank(lambda: _open_data(settings, batch))
     journal.stage("data")
     losses = loss.Loss(settings.loss, training.class_counts, training.classes)
     if settings.evaluation.unsure:
         decision.of(settings.evaluation.unsure, training.classes)  # refuses what it cannot use
-    _agree(
-        me,
+    me.agree(
         {
             "training shards": training.identity[:12],
             "validation shards": val_set.digest[:12],
@@ -324,11 +322,11 @@ def _assemble(
     total = config.total_steps(settings.train, batch, training.samples)
 
     settings = settings.model_copy(update={"optim": config.scaled(settings.optim, batch.global_batch)})
-    net, weights = _on_every_rank(
-        me, lambda: model.build(settings.model, training.classes, settings.train.seed, me.device)
+    net, weights = me.on_every_rank(
+        lambda: model.build(settings.model, training.classes, settings.train.seed, me.device)
     )
-    if settings.model.warm_start and not _of_first(me, lambda: manifest.steps(run)):
-        started = _on_every_rank(me, lambda: _warm_start(net, str(settings.model.warm_start), training.classes))
+    if settings.model.warm_start and not me.of_first(lambda: manifest.steps(run)):
+        started = me.on_every_rank(lambda: _warm_start(net, str(settings.model.warm_start), training.classes))
         journal.say(started)
     pixels = config.pixels(settings, weights.mean, weights.std)
     layer, depth = model.layers(net)
@@ -367,11 +365,11 @@ def _assemble(
             "versions": _versions(),
         },
     )
-    _of_first(me, writer.claim)
+    me.of_first(writer.claim)
     journal.stage("DeepSpeed")
-    past = _of_first(me, lambda: _past(run, attempt, journal))
+    past = me.of_first(lambda: _past(run, attempt, journal))
     evaluations: list[Evaluations] = []
-    _of_first(me, lambda: evaluations.append(selection.Evaluations(run, journal.publish)))
+    me.of_first(lambda: evaluations.append(selection.Evaluations(run, journal.publish)))
     session = Session(
         run=run,
         attempt=attempt,
@@ -834,49 +832,8 @@ def _only_writer(run: RunDir, me: "Processes") -> Iterator[None]:
                     f"{run.path} is being trained by another process; wait for it or stop it first"
                 ) from None
 
-        _of_first(me, lock)
+        me.of_first(lock)
         yield
-
-
-def _of_first(me: "Processes", work: Callable[[], Result]) -> Result:
-    """`work()` of rank 0 on all. What it cannot do ends all ranks at once, with its reason."""
-    result, fault = None, None
-    if me.first:
-        try:
-            result = work()
-        except (ValueError, OSError) as error:
-            fault = str(error)
-    result, fault = me.from_first((result, fault))
-    if fault:
-        raise ValueError(fault)
-    return cast(Result, result)
-
-
-def _on_every_rank(me: "Processes", work: Callable[[], Result]) -> Result:
-    """`work()` on each rank. What one rank cannot do ends all of them at once, with its reason."""
-    result, fault = None, None
-    try:
-        result = work()
-    except (ValueError, OSError) as error:
-        fault = str(error)
-    faults = {rank: text for rank, text in enumerate(me.gather(fault)) if text}
-    if faults:
-        rank, text = next(iter(faults.items()))
-        raise ValueError(text if len(faults) == me.world else f"{text} (on rank {rank}, not on all)")
-    return cast(Result, result)
-
-
-def _agree(me: "Processes", facts: dict[str, str]) -> None:
-    """All ranks must see the same, or they would wait for each other for ever in the middle of a step."""
-    all_facts = me.gather(facts)
-    for name in facts:
-        values = [each[name] for each in all_facts]
-        odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        if odd is not None:
-            raise ValueError(
-                f"the {name} of rank {odd} ({values[odd]}) differ from those of rank 0 ({values[0]}): "
-                "do all nodes see the same shards and the same code?"
-            )
 
 
 def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", passed_over: list[str]) -> None:
