@@ -170,6 +170,10 @@ def test_only_the_trainer_knows_the_rooms() -> None:
             *(f"vitdist.{room}" for room in ("spikes", "system", "tracking")),
             *rooms_of_data,
         },
+        "vitdist.introduction": {
+            *(f"vitdist.{room}" for room in ("changes", "checkpoint", "model", "session")),
+            *rooms_of_data,
+        },
         "vitdist.decision": {"vitdist.scores"},
         "vitdist.evaluate": {"vitdist.scores", "vitdist.decision"},
         "vitdist.results": {"vitdist.scores"},

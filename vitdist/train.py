@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -30,19 +29,12 @@ from vitdist.watchdog import Mark, Watchdog
 if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad settings answer at once
     from torch import Tensor
 
-    from vitdist.checkpoint import Resumed
     from vitdist.data.reader import MicroBatch
     from vitdist.decision import Decision
     from vitdist.dist import Processes
     from vitdist.tracking import Journal
 
 
-SLOW_LINK = 2.0
-"""GB/s of an all-reduce between GPUs; ethernet of 25 Gbit/s reaches 3, InfiniBand and NVLink 20 to 400."""
-_LINK = (
-    "has NCCL found InfiniBand? NCCL_DEBUG=INFO in slurm/env.sh tells, network_interface and infiniband of the "
-    "profile choose"
-)
 _REMEDY = "the run diverged; lower optim.lr, lengthen optim.warmup or set optim.clip"
 
 
@@ -100,7 +92,7 @@ def _attempt(begun: Begun) -> dict[str, float] | None:
     journal = begun.journal
     model.import_quickly(begun.given.engine.compile)
     journal.stage("transformers")
-    from vitdist import assembly
+    from vitdist import assembly, introduction
     from vitdist.data.reader import DataFailed
     from vitdist.engine import Diverged
 
@@ -115,7 +107,7 @@ def _attempt(begun: Begun) -> dict[str, float] | None:
         s.evaluations.forget_after(resumed.step if resumed else 0)
     s.ledger.goes_on_from(resumed.step if resumed else 0)
     journal.stage("checkpoint")
-    _introduce(s, about, resumed, passed_over)
+    introduction.introduce(s, about, resumed, passed_over)
     journal.stage("W&B and a look at the loader")
 
     # the loop, and what a finished run leaves
@@ -532,91 +524,6 @@ def _only_writer(run: RunDir, me: "Processes") -> Iterator[None]:
 
         me.of_first(lock)
         yield
-
-
-def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", passed_over: list[str]) -> None:
-    """Record what runs, tell it in a few lines, and begin W&B. Raises ValueError for what cannot be gone on with."""
-    import torch
-
-    from vitdist import dist, model
-
-    s.progress("starting", long=True)
-    changed = changes.between(resumed.manifest.settings, config.to_plain(s.given)) if resumed else []
-    changes.refuse(changed, f"step {resumed.step} of {s.run.path}" if resumed else "")
-
-    device = torch.cuda.get_device_name() if s.me.device.type == "cuda" else "CPU"
-    about = about | {
-        "world": s.me.world,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "precision": s.engine.precision,
-        "zero": s.settings.engine.zero,
-        "batch": config.to_plain(s.batch),
-        "data": {"train": s.training.summary, "val": s.val_set.summary()},
-        "versions": s.versions,
-    }
-    net, groups = about["model"], about["groups"]
-    s.journal.say(f"{net['weights']}: {net['parameters'] / 1e6:.2f} M parameters in {len(groups)} groups")
-    s.journal.say(
-        f"{s.training.samples:,} training and {len(s.val_set):,} validation samples of "
-        f"{len(s.training.classes)} classes"
-    )
-    if s.settings.data.stream:
-        from vitdist.data import stream
-
-        s.journal.say(stream.LOST)
-    wanted = s.settings.loss
-    if wanted.label_smoothing and (wanted.class_weights != "none" or wanted.logit_adjustment):
-        s.journal.say(
-            "warning: label smoothing promises rare classes more than they have, and class weights and logit "
-            "adjustment multiply that: set loss.label_smoothing=0 (docs/recipes.md)"
-        )
-    if model.dropout(s.net):
-        s.journal.say("note: dropout draws from each rank's own generator: losses depend on the number of ranks")
-    if s.val_set.digest in s.training.parts:
-        s.journal.say("warning: the validation samples are trained on too: data.val is among data.train")
-    auto = " (auto)" if s.settings.engine.precision == "auto" else ""
-    s.journal.say(
-        f"{s.me.world} ranks on {device}, {s.engine.precision}{auto}, ZeRO-{s.settings.engine.zero}; global batch "
-        f"{s.batch.global_batch} = {s.batch.micro_batch} x {s.batch.accumulation} accumulated x {s.batch.world} ranks"
-    )
-    if s.me.first and s.training.samples_of:
-        from vitdist.data import supply
-
-        cores = max(1, len(os.sched_getaffinity(0)) // s.me.local_world)
-        fed = supply.check(s.training.samples_of(), s.meter.flops_per_image, s.me.device, s.engine.dtype, cores)
-        about["supply"] = fed._asdict()
-        s.journal.say(fed.text())
-    speed = dist.bus_bandwidth(s.me)
-    if speed is not None:
-        about["all_reduce_gb_per_s"] = speed
-        s.journal.say(f"all-reduce over {s.me.world} ranks: {speed:.3g} GB/s")
-        if s.me.device.type == "cuda" and speed < SLOW_LINK:
-            s.journal.warn("slow_network", f"all-reduce at {speed:.2g} GB/s: {_LINK}")
-    step = s.engine.steps
-    s.journal.record(**about, total_steps=s.total, step=step, resumed_from=resumed.step if resumed else None)
-    for text in passed_over:
-        s.journal.warn("checkpoint_passed_over", f"checkpoint passed over: {text}")
-    for change in changed:
-        s.journal.say(f"setting changed: {change}")
-        s.journal.event("settings_changed", str(change))
-    if resumed:
-        before = resumed.manifest
-        if (before.world, before.zero, before.precision) != (s.me.world, s.settings.engine.zero, s.engine.precision):
-            s.journal.say(
-                f"converted: saved by {before.world} ranks with ZeRO-{before.zero} in {before.precision}; every group "
-                "keeps its rate, and the order of samples is the same"
-            )
-        s.journal.say(f"goes on at step {step} of {s.total}")
-    elif s.attempt:
-        s.journal.say("no checkpoint yet: begins at step 0")
-    known = resumed.manifest.wandb if resumed else None
-    if s.me.first and known and re.fullmatch(r"[0-9a-z_-]{1,64}", known) and not (s.run.wandb / "run-id").exists():
-        s.journal.publish(s.run.wandb / "run-id", known)
-    # What the run folder says is what runs; not before it is known that it can.
-    if s.me.first and config.load(s.run.config) != s.given:
-        s.journal.publish(s.run.config, config.to_yaml(s.given))
-    s.journal.start_mirrors(s.settings, {"settings": config.to_plain(s.settings)} | about, step)
 
 
 def _finish(run: RunDir, summary: dict[str, Any]) -> None:
