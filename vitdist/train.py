@@ -92,7 +92,7 @@ def _attempt(begun: Begun) -> dict[str, float] | None:
     journal = begun.journal
     model.import_quickly(begun.given.engine.compile)
     journal.stage("transformers")
-    from vitdist import assembly, introduction
+    from vitdist import assembly, introduction  # with them DeepSpeed, which asks what `dist` chose
     from vitdist.data.reader import DataFailed
     from vitdist.engine import Diverged
 
