@@ -36,6 +36,8 @@ TORCH_FREE = [
     "launch.job",
     "launch.preflight",
     "launch.probe",
+    "vitdist.train",
+    "vitdist.session",
     "vitdist.config",
     "vitdist.rundir",
     "vitdist.stop",
@@ -155,7 +157,23 @@ def test_no_room_imports_in_a_circle() -> None:
 def test_only_the_trainer_knows_the_rooms() -> None:
     """Hub and spokes: a room of vitdist/ imports the ground floor, its own folder, and few others by name."""
     ground = {"vitdist", "vitdist.config", "vitdist.rundir", "vitdist.stop", "vitdist.console", "vitdist.dist"}
+    rooms_of_data = {m for m in map(module, FILES) if m.startswith("vitdist.data")}
     lawful = {
+        # The trainer's own: what its chapters share, and what comes before its loop.
+        "vitdist.session": {"vitdist.watchdog", *rooms_of_data},
+        "vitdist.assembly": {
+            *(
+                f"vitdist.{room}"
+                for room in ("checkpoint", "decision", "engine", "faults", "history", "inputs", "ledger")
+            ),
+            *(f"vitdist.{room}" for room in ("loss", "manifest", "metrics", "model", "optim", "selection", "session")),
+            *(f"vitdist.{room}" for room in ("spikes", "system", "tracking")),
+            *rooms_of_data,
+        },
+        "vitdist.introduction": {
+            *(f"vitdist.{room}" for room in ("changes", "checkpoint", "model", "session")),
+            *rooms_of_data,
+        },
         "vitdist.decision": {"vitdist.scores"},
         "vitdist.evaluate": {"vitdist.scores", "vitdist.decision"},
         "vitdist.results": {"vitdist.scores"},
@@ -164,7 +182,7 @@ def test_only_the_trainer_knows_the_rooms() -> None:
         # The second hub: what train.py is to a run, this is to a finished model.
         "vitdist.inference": {
             *(f"vitdist.{room}" for room in ("decision", "evaluate", "export", "model", "results", "weights")),
-            *(m for m in map(module, FILES) if m.startswith("vitdist.data")),
+            *rooms_of_data,
         },
         "vitdist.model": {"vitdist.weights", "vitdist.drop_path"},
         "vitdist.tracking": {"vitdist.mirror", "vitdist.board"},

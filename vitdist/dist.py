@@ -9,15 +9,16 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
 
+Result = TypeVar("Result")
 # A peer that is gone closes its socket and gloo raises in under a second; this bound is for one that hangs.
 # Reading the weights of a large model on one rank while the others wait is the longest lawful wait.
 TIMEOUT_S = 30 * 60.0
@@ -73,6 +74,53 @@ class Processes:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0, group=group or self.control)
         return box[0]
+
+    def of_first(self, work: Callable[[], Result]) -> Result:
+        """What `work()` returns on rank 0, on all.
+
+        Raises ValueError, on all ranks at once, for a ValueError or an OSError of it.
+        """
+        result, fault = None, None
+        if self.first:
+            try:
+                result = work()
+            except (ValueError, OSError) as error:
+                fault = str(error)
+        result, fault = self.from_first((result, fault))
+        if fault:
+            raise ValueError(fault)
+        return cast(Result, result)
+
+    def on_every_rank(self, work: Callable[[], Result]) -> Result:
+        """What `work()` returns on this rank, once all have done theirs.
+
+        Raises ValueError, on all ranks at once, for a ValueError or an OSError of any.
+        """
+        result, fault = None, None
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            fault = str(error)
+        faults = {rank: text for rank, text in enumerate(self.gather(fault)) if text}
+        if faults:
+            rank, text = next(iter(faults.items()))
+            raise ValueError(text if len(faults) == self.world else f"{text} (on rank {rank}, not on all)")
+        return cast(Result, result)
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """Hold the facts of this rank, name -> text, against those of rank 0. Raises ValueError, on all, if any differ.
+
+        Ranks that see different things would wait for each other for ever in the middle of a step.
+        """
+        all_facts = self.gather(facts)
+        for name in facts:
+            values = [each[name] for each in all_facts]
+            odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+            if odd is not None:
+                raise ValueError(
+                    f"the {name} of rank {odd} ({values[odd]}) differ from those of rank 0 ({values[0]}): "
+                    "do all nodes see the same shards and the same code?"
+                )
 
     def barrier(self) -> None:
         torch.distributed.barrier(group=self.control)

@@ -10,58 +10,31 @@ import contextlib
 import functools
 import math
 import os
-import re
 import shutil
-import socket
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from vitdist import changes, config, console, faults, ledger, manifest, rundir, stop
-from vitdist.config import Batch, Config, Pixels, SettingsError
+from vitdist import changes, config, console, faults, manifest, rundir, stop
+from vitdist.config import Config, SettingsError
 from vitdist.rundir import RunDir
+from vitdist.session import LONG, Begun, Broken, Session, Skips, Standing, group_timeout
 from vitdist.stop import StopRequest
 from vitdist.watchdog import Mark, Watchdog
 
 if TYPE_CHECKING:  # the rooms behind torch are imported when a run begins: bad settings answer at once
     from torch import Tensor
-    from torch.nn import Module
 
-    from vitdist.checkpoint import Resumed, Writer
-    from vitdist.data.index import Index
-    from vitdist.data.loader import Training
-    from vitdist.data.reader import Bad, MicroBatch
+    from vitdist.data.reader import MicroBatch
     from vitdist.decision import Decision
     from vitdist.dist import Processes
-    from vitdist.engine import Engine
-    from vitdist.inputs import Inputs
-    from vitdist.ledger import Ledger
-    from vitdist.loss import Loss
-    from vitdist.manifest import Identity
-    from vitdist.metrics import Lags, Meter
-    from vitdist.model import DropPaths
-    from vitdist.selection import Evaluations
-    from vitdist.spikes import Spikes
-    from vitdist.system import Machine
     from vitdist.tracking import Journal
 
 
-# Start-up, export and report read and write whole models while other ranks wait: so many times engine.hang_s.
-LONG = 3
-
-Result = TypeVar("Result")
-SLOW_LINK = 2.0
-"""GB/s of an all-reduce between GPUs; ethernet of 25 Gbit/s reaches 3, InfiniBand and NVLink 20 to 400."""
-_LINK = (
-    "has NCCL found InfiniBand? NCCL_DEBUG=INFO in slurm/env.sh tells, network_interface and infiniband of the "
-    "profile choose"
-)
 _REMEDY = "the run diverged; lower optim.lr, lengthen optim.warmup or set optim.clip"
 
 
@@ -73,101 +46,6 @@ class Interrupted(Exception):
     """All ranks have agreed to stop in the middle of an evaluation."""
 
 
-@dataclass
-class Broken:
-    """Samples that could not be used in this attempt."""
-
-    new: "list[Bad]" = field(default_factory=list)
-    """Of this rank, since the last row of the log."""
-    known: set[tuple[int, str, str]] = field(default_factory=set)
-    """Row, shard and key of each that any rank has met; the next two count these."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    shards: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass
-class Skips:
-    """Updates that were skipped since the last one that was not."""
-
-    in_a_row: int = 0
-    seen: "list[tuple[Tensor, Tensor]]" = field(default_factory=list)
-    """Rows and losses of this rank's samples in the newest step, a pair for each micro-batch."""
-
-
-class Standing(NamedTuple):
-    """Where a run stands by its evaluations so far."""
-
-    best: int
-    """Step of the best one; the present step before any."""
-    exhausted: bool
-    """Whether the patience is at its end."""
-    owed: bool
-    """Whether the present step is not evaluated yet."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """What the chapters of one attempt share."""
-
-    run: RunDir
-    attempt: int
-    given: Config
-    """The settings as they stand in the run folder."""
-    settings: Config
-    """Those that hold: the rate scaled to the batch."""
-    me: "Processes"
-    journal: "Journal"
-    watchdog: Watchdog
-    stopping: StopRequest
-    training: "Training"
-    val_set: "Index"
-    batch: Batch
-    total: int
-    """Updates of the whole run."""
-    net: "Module"
-    """The model, as DeepSpeed holds it now; under ZeRO-3 it has no weights of its own."""
-    pixels: Pixels
-    drop_paths: "DropPaths | None"
-    loss: "Loss"
-    engine: "Engine"
-    identity: "Identity"
-    meter: "Meter"
-    machine: "Machine"
-    inputs: "Inputs | None"
-    """On rank 0 of a run that has not kept them."""
-    lags: "Lags"
-    spikes: "Spikes"
-    ledger: "Ledger"
-    hosts: list[str]
-    """Of the ranks."""
-    writer: "Writer"
-    evaluations: "Evaluations | None"
-    """On rank 0."""
-
-    def progress(self, phase: str, long: bool = False) -> None:
-        """This rank goes on: for the bar and for the watchdog, which allows for a `long` phase."""
-        step, limit = self.engine.steps, self.settings.engine.hang_s
-        self.watchdog.mark(step, phase, LONG * limit if long else limit)
-        self.journal.progress(step, phase)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.training.samples / self.batch.global_batch
-
-    def prepare(self, batch: "MicroBatch") -> "Tensor":
-        """The pictures of a batch as the model's normalised input [B, 3, S, S] on the device."""
-        from vitdist.data import device_decode, transforms
-
-        device = self.me.device
-        if batch.encoded:
-            assert self.training.samples_of
-            instead = functools.partial(self.training.samples_of().instead, batch)
-            images = device_decode.pixels(batch.encoded, batch.images, device, batch.images.shape[-1], instead)
-        else:
-            images = batch.images.to(device, non_blocking=True)
-        return transforms.normalise(images, self.pixels.mean, self.pixels.std, self.engine.dtype)
-
-
 def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, stopping: StopRequest) -> int:
     """Train to the end or to a stop; returns the exit code (rundir.EXIT_*). Rank 0 asks `place` for the run folder."""
     from vitdist import dist
@@ -175,20 +53,21 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
 
     began = time.monotonic()
     engine = settings.engine
-    with dist.processes(None if engine.threads == "auto" else engine.threads, _group_timeout(engine)) as me:
-        run = RunDir(Path(_of_first(me, lambda: str(place().path))))
+    with dist.processes(None if engine.threads == "auto" else engine.threads, group_timeout(engine)) as me:
+        run = RunDir(Path(me.of_first(lambda: str(place().path))))
         number = me.from_first(run.next_attempt() if attempt is None and me.first else attempt)
         here = run.attempt(number)
         mark = Mark(0, 0, "starting", math.inf)
         try:
             with _only_writer(run, me), Journal(run, here, me.first) as journal:
                 journal.stage("torch and ranks")
-                _of_first(me, lambda: manifest.clean(run))
+                me.of_first(lambda: manifest.clean(run))
                 hung = functools.partial(_hung, journal)
                 with Watchdog(here, me.rank, me.world, engine.hang_s, hung) as watchdog:
                     watchdog.mark(0, "starting", LONG * engine.hang_s)
                     try:
-                        summary = _attempt(run, number, settings, me, journal, watchdog, stopping, began)
+                        begun = Begun(run, number, settings, me, journal, watchdog, stopping, began)
+                        summary = _attempt(begun)
                     finally:
                         mark = watchdog.newest
         except BaseException as error:  # after the watchdog, which may know better why this rank fails
@@ -206,54 +85,48 @@ def train(place: Callable[[], RunDir], settings: Config, attempt: int | None, st
         return rundir.EXIT_DONE if summary else rundir.EXIT_STOPPED
 
 
-def _attempt(
-    run: RunDir,
-    number: int,
-    settings: Config,
-    me: "Processes",
-    journal: "Journal",
-    watchdog: Watchdog,
-    stopping: StopRequest,
-    began: float,
-) -> dict[str, float] | None:
+def _attempt(begun: Begun) -> dict[str, float] | None:
     """One attempt from the data to the model; returns the figures of the finished run, None if it was stopped."""
     from vitdist import checkpoint, model
 
-    model.import_quickly(settings.engine.compile)
+    journal = begun.journal
+    model.import_quickly(begun.given.engine.compile)
     journal.stage("transformers")
-    # data, model with a learning rate for each layer, DeepSpeed
-    session, about = _assemble(run, number, settings, me, journal, watchdog, stopping, began)
+    from vitdist import assembly, introduction  # with them DeepSpeed, which asks what `dist` chose
     from vitdist.data.reader import DataFailed
     from vitdist.engine import Diverged
 
+    # data, model with a learning rate for each layer, DeepSpeed
+    s, about = assembly.assemble(begun)
+
     # go on where an earlier attempt stopped
-    resumed, passed_over = checkpoint.resume(run, session.engine, me, session.identity, settings.train.seed)
+    resumed, passed_over = checkpoint.resume(s.run, s.engine, s.me, s.identity, s.settings.train.seed)
     if resumed:
-        session.writer.began_at(resumed)
-    if session.evaluations:
-        session.evaluations.forget_after(resumed.step if resumed else 0)
-    session.ledger.goes_on_from(resumed.step if resumed else 0)
+        s.writer.began_at(resumed)
+    if s.evaluations:
+        s.evaluations.forget_after(resumed.step if resumed else 0)
+    s.ledger.goes_on_from(resumed.step if resumed else 0)
     journal.stage("checkpoint")
-    _introduce(session, about, resumed, passed_over)
+    introduction.introduce(s, about, resumed, passed_over)
     journal.stage("W&B and a look at the loader")
 
     # the loop, and what a finished run leaves
     try:
-        return _to_the_end(session, began)
+        return _to_the_end(s)
     except DataFailed as error:  # out of a loader process it comes with that one's traceback before it
         raise TrainingFailed(str(error).strip().splitlines()[-1].split("DataFailed: ")[-1]) from error
     except Diverged as error:
-        raise TrainingFailed(f"{error} at step {session.engine.steps + 1}: {_REMEDY}") from error
+        raise TrainingFailed(f"{error} at step {s.engine.steps + 1}: {_REMEDY}") from error
     except (checkpoint.SaveFailed, checkpoint.Fenced) as error:
         raise TrainingFailed(str(error)) from error
     except ValueError as error:  # before the loop it is bad input, from there on a fault to be seen whole
-        raise RuntimeError(f"fault after step {session.engine.steps}: {error}") from error
+        raise RuntimeError(f"fault after step {s.engine.steps}: {error}") from error
     finally:
         if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # a second Ctrl-C means now
-            session.writer.close()
+            s.writer.close()
 
 
-def _to_the_end(s: Session, began: float) -> dict[str, float] | None:
+def _to_the_end(s: Session) -> dict[str, float] | None:
     """Train, evaluate, export; returns the figures of the finished run, None if it was stopped, with a checkpoint."""
     try:
         reason = _loop(s)
@@ -261,7 +134,7 @@ def _to_the_end(s: Session, began: float) -> dict[str, float] | None:
             s.writer.wait()
             _tell_saves(s)
             ended = s.engine.steps
-            summary = _export(s, began)
+            summary = _export(s)
             s.journal.record(state="done", step=ended, summary=summary, ended=rundir.now())
             return summary
     except Interrupted:
@@ -288,187 +161,7 @@ def _stop(s: Session, reason: str) -> None:
     s.journal.say(f"stopped by {reason} at step {step} of {s.total}, {saved}")
 
 
-def _assemble(
-    run: RunDir,
-    attempt: int,
-    settings: Config,
-    me: "Processes",
-    journal: "Journal",
-    watchdog: Watchdog,
-    stopping: StopRequest,
-    began: float,
-) -> tuple[Session, dict[str, Any]]:
-    """Open the data, build the model and its groups, hand them to DeepSpeed; the second value describes them."""
-    import torch
-
-    from vitdist import checkpoint, decision, dist, inputs, loss, metrics, model, optim, selection, spikes, system
-    from vitdist.data import augment
-    from vitdist.engine import Engine  # asks at import which device `dist` chose
-
-    given = settings
-    batch = _on_every_rank(me, lambda: config.split_batch(settings.train, me.world))
-    _on_every_rank(me, lambda: augment.check(settings.data, batch.micro_batch))
-    training, val_set = _on_every_rank(me, lambda: _open_data(settings, batch))
-    journal.stage("data")
-    losses = loss.Loss(settings.loss, training.class_counts, training.classes)
-    if settings.evaluation.unsure:
-        decision.of(settings.evaluation.unsure, training.classes)  # refuses what it cannot use
-    _agree(
-        me,
-        {
-            "training shards": training.identity[:12],
-            "validation shards": val_set.digest[:12],
-            "order of samples": training.first_batch,
-        },
-    )
-    total = config.total_steps(settings.train, batch, training.samples)
-
-    settings = settings.model_copy(update={"optim": config.scaled(settings.optim, batch.global_batch)})
-    net, weights = _on_every_rank(
-        me, lambda: model.build(settings.model, training.classes, settings.train.seed, me.device)
-    )
-    if settings.model.warm_start and not _of_first(me, lambda: manifest.steps(run)):
-        started = _on_every_rank(me, lambda: _warm_start(net, str(settings.model.warm_start), training.classes))
-        journal.say(started)
-    pixels = config.pixels(settings, weights.mean, weights.std)
-    layer, depth = model.layers(net)
-    groups = optim.groups(net, layer, depth, settings.optim, model.layer_name)
-    meter = metrics.Meter(batch.global_batch, model.flops_per_image(net), me.world, me.device)
-    about = {"groups": optim.describe(groups), "model": model.describe(settings.model, net, weights)}
-    identity = manifest.Identity(
-        optimizer=settings.optim.name,
-        global_batch=batch.global_batch,
-        model=model.configuration(net),
-        classes=training.classes,
-        data=training.identity,
-        groups=checkpoint.layout(groups),  # before DeepSpeed changes them
-        rest=checkpoint.rest(net),
-    )
-    drop_paths = model.drop_paths(net)
-
-    journal.stage("model")
-    if not settings.engine.compile:
-        optim.without_compiler()
-    engine = Engine(net, groups, optim.optimizer(groups, settings.optim, me.device), settings, batch, me)
-    dist.bound_all_groups(_group_timeout(settings.engine))  # DeepSpeed's own have its default, half an hour
-    writer = checkpoint.Writer(
-        run,
-        engine,
-        me,
-        identity,
-        settings.checkpoint,
-        attempt,
-        {
-            "zero": settings.engine.zero,
-            "precision": engine.precision,
-            "average": bool(settings.optim.ema),
-            "settings": config.to_plain(given),
-            "settings_digest": manifest.digest(config.to_plain(given)),
-            "versions": _versions(),
-        },
-    )
-    _of_first(me, writer.claim)
-    journal.stage("DeepSpeed")
-    past = _of_first(me, lambda: _past(run, attempt, journal))
-    evaluations: list[Evaluations] = []
-    _of_first(me, lambda: evaluations.append(selection.Evaluations(run, journal.publish)))
-    session = Session(
-        run=run,
-        attempt=attempt,
-        given=given,
-        settings=settings,
-        me=me,
-        journal=journal,
-        watchdog=watchdog,
-        stopping=stopping,
-        training=training,
-        val_set=val_set,
-        batch=batch,
-        total=total,
-        net=net,
-        pixels=pixels,
-        drop_paths=drop_paths,
-        loss=losses,
-        engine=engine,
-        identity=identity,
-        meter=meter,
-        machine=system.Machine(me.device, run.path if me.first else None),
-        inputs=inputs.Inputs(pixels, training.classes, journal.inputs)
-        if me.first and not run.inputs.exists()
-        else None,
-        lags=metrics.Lags(),
-        spikes=spikes.Spikes(),
-        ledger=ledger.Ledger(past, began, me.world, torch.get_num_threads(), gpu=me.device.type == "cuda"),
-        hosts=me.gather(socket.gethostname()),
-        writer=writer,
-        evaluations=evaluations[0] if evaluations else None,
-    )
-    return session, about
-
-
-def _warm_start(net: "Module", place: str, classes: list[str]) -> str:
-    """Give the model the weights of another run's checkpoint; returns what to say of it. Raises ValueError."""
-    from vitdist import checkpoint, model
-
-    folder = checkpoint.newest(Path(place))
-    found, weights = checkpoint.weights(folder)
-    same_classes = found.identity.classes == classes
-    taken, left = model.take(net, weights, head=same_classes)
-    if not taken:
-        raise ValueError(
-            f"model.warm_start: nothing in {folder} fits the model: is it one of the same family and size?"
-        )
-    rest = f"; as without it: {', '.join(left[:5])}" + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-    return f"warm start: {taken} tensors of {folder}" + (rest if left else "")
-
-
-def _past(run: RunDir, attempt: int, journal: "Journal") -> list[ledger.Start]:
-    """The starts before this one, and how far each came: a killed one says it by its rows alone."""
-    from vitdist import history
-
-    earlier = [each for each in run.attempts() if each.number < attempt]
-    rows = history.read(run).reached if earlier else {}
-    past = []
-    for each in earlier:
-        try:
-            past.append(ledger.start(each, rows.get(each.number), faults.read(each)))
-        except (OSError, ValueError, TypeError) as error:  # only figures of the run come from it
-            journal.warn("damaged_record", f"start {each.number} is left out of the figures of the run: {error}")
-    return past
-
-
-def _versions() -> dict[str, str | None]:
-    return {
-        name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "deepspeed")
-    }
-
-
-def _open_data(settings: Config, batch: Batch) -> "tuple[Training, Index]":
-    """The training and the validation set. Raises ValueError for what cannot be trained on."""
-    from vitdist.data import device_decode, loader
-    from vitdist.data.index import Index
-
-    if settings.data.decode == "gpu":
-        device_decode.check()
-    val_set = Index.open(settings.data.val, loader.cache(settings.data))
-    if settings.data.stream:
-        from vitdist.data import stream  # webdataset costs 0.6 s to import
-
-        training = stream.open_stream(settings, val_set.classes, batch.world)
-    else:
-        training = loader.open_training(settings, batch.global_batch)
-    if training.classes != val_set.classes:
-        odd = sorted(set(training.classes) ^ set(val_set.classes)) or ["their order"]
-        raise ValueError(
-            f"data.train and data.val differ in classes ({', '.join(odd[:5])}): pack both with one `vitdist pack`, "
-            "or with one list (--classes)"
-        )
-    if len(training.classes) < 2:
-        raise ValueError(f"data.train: a single class, {training.classes[0]!r}: there is nothing to tell apart")
-    return training, val_set
-
-
-def _export(s: Session, began: float) -> dict[str, float]:
+def _export(s: Session) -> dict[str, float]:
     """What a finished run leaves: the last evaluation and the model; returns the figures of the whole run."""
     from vitdist import checkpoint, export, model
 
@@ -494,7 +187,7 @@ def _export(s: Session, began: float) -> dict[str, float]:
         assert evaluation is not None
         card = export.card(s.run.name, config.load(s.run.config), rundir.state(s.run), evaluation, s.pixels)
         export.write(s.run.model, model.finished(s.net, whole), s.pixels, card, rule)
-    return {**scores, "images_per_s": s.meter.images_per_s, "seconds": time.monotonic() - began}
+    return {**scores, "images_per_s": s.meter.images_per_s, "seconds": time.monotonic() - s.began}
 
 
 def _loop(s: Session) -> str | None:
@@ -811,11 +504,6 @@ def _tell_saves(s: Session) -> None:
 # ---- what the chapters need of small things ----------------------------------------------------
 
 
-def _group_timeout(settings: config.Engine) -> float:
-    """Seconds that a collective waits: longer than the watchdog, which knows more, and ends the attempt first."""
-    return LONG * settings.hang_s + 60
-
-
 def _hung(journal: "Journal", verdict: str) -> None:
     """What the watchdog does before it ends this rank; who hung stands in attempts/K/faults."""
     journal.record(state="failed", reason=verdict, ended=rundir.now())
@@ -834,134 +522,8 @@ def _only_writer(run: RunDir, me: "Processes") -> Iterator[None]:
                     f"{run.path} is being trained by another process; wait for it or stop it first"
                 ) from None
 
-        _of_first(me, lock)
+        me.of_first(lock)
         yield
-
-
-def _of_first(me: "Processes", work: Callable[[], Result]) -> Result:
-    """`work()` of rank 0 on all. What it cannot do ends all ranks at once, with its reason."""
-    result, fault = None, None
-    if me.first:
-        try:
-            result = work()
-        except (ValueError, OSError) as error:
-            fault = str(error)
-    result, fault = me.from_first((result, fault))
-    if fault:
-        raise ValueError(fault)
-    return cast(Result, result)
-
-
-def _on_every_rank(me: "Processes", work: Callable[[], Result]) -> Result:
-    """`work()` on each rank. What one rank cannot do ends all of them at once, with its reason."""
-    result, fault = None, None
-    try:
-        result = work()
-    except (ValueError, OSError) as error:
-        fault = str(error)
-    faults = {rank: text for rank, text in enumerate(me.gather(fault)) if text}
-    if faults:
-        rank, text = next(iter(faults.items()))
-        raise ValueError(text if len(faults) == me.world else f"{text} (on rank {rank}, not on all)")
-    return cast(Result, result)
-
-
-def _agree(me: "Processes", facts: dict[str, str]) -> None:
-    """All ranks must see the same, or they would wait for each other for ever in the middle of a step."""
-    all_facts = me.gather(facts)
-    for name in facts:
-        values = [each[name] for each in all_facts]
-        odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        if odd is not None:
-            raise ValueError(
-                f"the {name} of rank {odd} ({values[odd]}) differ from those of rank 0 ({values[0]}): "
-                "do all nodes see the same shards and the same code?"
-            )
-
-
-def _introduce(s: Session, about: dict[str, Any], resumed: "Resumed | None", passed_over: list[str]) -> None:
-    """Record what runs, tell it in a few lines, and begin W&B. Raises ValueError for what cannot be gone on with."""
-    import torch
-
-    from vitdist import dist, model
-
-    s.progress("starting", long=True)
-    changed = changes.between(resumed.manifest.settings, config.to_plain(s.given)) if resumed else []
-    changes.refuse(changed, f"step {resumed.step} of {s.run.path}" if resumed else "")
-
-    device = torch.cuda.get_device_name() if s.me.device.type == "cuda" else "CPU"
-    about = about | {
-        "world": s.me.world,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "precision": s.engine.precision,
-        "zero": s.settings.engine.zero,
-        "batch": config.to_plain(s.batch),
-        "data": {"train": s.training.summary, "val": s.val_set.summary()},
-        "versions": _versions(),
-    }
-    net, groups = about["model"], about["groups"]
-    s.journal.say(f"{net['weights']}: {net['parameters'] / 1e6:.2f} M parameters in {len(groups)} groups")
-    s.journal.say(
-        f"{s.training.samples:,} training and {len(s.val_set):,} validation samples of "
-        f"{len(s.training.classes)} classes"
-    )
-    if s.settings.data.stream:
-        from vitdist.data import stream
-
-        s.journal.say(stream.LOST)
-    wanted = s.settings.loss
-    if wanted.label_smoothing and (wanted.class_weights != "none" or wanted.logit_adjustment):
-        s.journal.say(
-            "warning: label smoothing promises rare classes more than they have, and class weights and logit "
-            "adjustment multiply that: set loss.label_smoothing=0 (docs/recipes.md)"
-        )
-    if model.dropout(s.net):
-        s.journal.say("note: dropout draws from each rank's own generator: losses depend on the number of ranks")
-    if s.val_set.digest in s.training.parts:
-        s.journal.say("warning: the validation samples are trained on too: data.val is among data.train")
-    auto = " (auto)" if s.settings.engine.precision == "auto" else ""
-    s.journal.say(
-        f"{s.me.world} ranks on {device}, {s.engine.precision}{auto}, ZeRO-{s.settings.engine.zero}; global batch "
-        f"{s.batch.global_batch} = {s.batch.micro_batch} x {s.batch.accumulation} accumulated x {s.batch.world} ranks"
-    )
-    if s.me.first and s.training.samples_of:
-        from vitdist.data import supply
-
-        cores = max(1, len(os.sched_getaffinity(0)) // s.me.local_world)
-        fed = supply.check(s.training.samples_of(), s.meter.flops_per_image, s.me.device, s.engine.dtype, cores)
-        about["supply"] = fed._asdict()
-        s.journal.say(fed.text())
-    speed = dist.bus_bandwidth(s.me)
-    if speed is not None:
-        about["all_reduce_gb_per_s"] = speed
-        s.journal.say(f"all-reduce over {s.me.world} ranks: {speed:.3g} GB/s")
-        if s.me.device.type == "cuda" and speed < SLOW_LINK:
-            s.journal.warn("slow_network", f"all-reduce at {speed:.2g} GB/s: {_LINK}")
-    step = s.engine.steps
-    s.journal.record(**about, total_steps=s.total, step=step, resumed_from=resumed.step if resumed else None)
-    for text in passed_over:
-        s.journal.warn("checkpoint_passed_over", f"checkpoint passed over: {text}")
-    for change in changed:
-        s.journal.say(f"setting changed: {change}")
-        s.journal.event("settings_changed", str(change))
-    if resumed:
-        before = resumed.manifest
-        if (before.world, before.zero, before.precision) != (s.me.world, s.settings.engine.zero, s.engine.precision):
-            s.journal.say(
-                f"converted: saved by {before.world} ranks with ZeRO-{before.zero} in {before.precision}; every group "
-                "keeps its rate, and the order of samples is the same"
-            )
-        s.journal.say(f"goes on at step {step} of {s.total}")
-    elif s.attempt:
-        s.journal.say("no checkpoint yet: begins at step 0")
-    known = resumed.manifest.wandb if resumed else None
-    if s.me.first and known and re.fullmatch(r"[0-9a-z_-]{1,64}", known) and not (s.run.wandb / "run-id").exists():
-        s.journal.publish(s.run.wandb / "run-id", known)
-    # What the run folder says is what runs; not before it is known that it can.
-    if s.me.first and config.load(s.run.config) != s.given:
-        s.journal.publish(s.run.config, config.to_yaml(s.given))
-    s.journal.start_mirrors(s.settings, {"settings": config.to_plain(s.settings)} | about, step)
 
 
 def _finish(run: RunDir, summary: dict[str, Any]) -> None:

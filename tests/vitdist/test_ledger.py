@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdist import faults, history, ledger, rundir, train
+from vitdist import assembly, faults, history, ledger, rundir
 from vitdist.ledger import Ledger, Start
 from vitdist.rundir import RunDir
 from vitdist.tracking import Journal
@@ -108,6 +108,6 @@ def test_a_damaged_record_of_an_earlier_start_costs_figures_alone(tmp_path: Path
         run.attempt(number).path.mkdir(parents=True)
         run.attempt(number).train.write_text(text)
     with Journal(run, run.attempt(2), first=True) as journal:
-        assert [start.last for start in train._past(run, 2, journal)] == [7]
+        assert [start.last for start in assembly._past(run, 2, journal)] == [7]
     (event,) = (rundir.read_json(run.attempt(2).train) or {})["events"]
     assert event["text"].startswith("start 0 is left out of the figures of the run: ")

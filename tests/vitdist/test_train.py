@@ -21,6 +21,7 @@ from vitdist import train as trainer
 from vitdist.data.index import Index, build
 from vitdist.data.reader import Bad
 from vitdist.rundir import RunDir
+from vitdist.session import Broken
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
@@ -393,7 +394,7 @@ def test_broken_samples_of_two_sets_are_two_and_meetings_are_not() -> None:
         journal=SimpleNamespace(bad_samples=lambda step, kind, met: listed.extend(met)),
         engine=SimpleNamespace(steps=1),
     )
-    broken = trainer.Broken()
+    broken = Broken()
     for _ in range(3):
         broken.new += mine
         trainer._note_broken(session, broken)
