@@ -53,7 +53,7 @@ def assemble(begun: Begun) -> tuple[Session, dict[str, Any]]:
     """
     given, me, journal = begun.given, begun.me, begun.journal
     batch, training, val_set = _data(begun)
-    losses = _loss(given, training)
+    losses = me.on_every_rank(lambda: _loss(given, training))
     _see_the_same(me, training, val_set)
     total = config.total_steps(given.train, batch, training.samples)
 

@@ -13,6 +13,7 @@ number of ranks takes a conversion that loses each group's rate in stage 3; its 
 under its parameter's name, so that any number of ranks at any stage finds its own part, and nothing is executed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -188,8 +189,10 @@ class Writer:
         self._thread = work
         work.start()
         if failed:
-            self.wait()
-            raise SaveFailed(f"{failed}; that of step {step}, where the run ends, could")
+            with contextlib.suppress(SaveFailed):
+                self.wait()
+            ended = "is saved" if self._saved == step else "could not be either"
+            raise SaveFailed(f"{failed}; that of step {step}, where the run ends, {ended}")
         if not self._settings.asynchronous:
             self.wait()
 
@@ -419,8 +422,7 @@ def resume(
         return Resumed(step, found, tuple(damaged)), passed_over
     if passed_over:
         raise NoCheckpoint(
-            f"{run.checkpoints}: no checkpoint can be resumed: {'; '.join(passed_over)}. "
-            "Start a new run with another name, or remove the folder to begin anew"
+            f"{run.checkpoints}: no checkpoint can be resumed: {'; '.join(passed_over)}. Begin anew under another name"
         )
     return None, []
 

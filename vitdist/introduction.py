@@ -134,7 +134,7 @@ def _tell_where_it_begins(s: Session, resumed: Resumed | None) -> None:
 def _put_down(s: Session, resumed: Resumed | None) -> None:
     """Bring the run folder up to what runs: the settings, and W&B's name of the run where only a checkpoint has it."""
     known = resumed.manifest.wandb if resumed else None
-    if s.me.first and known and re.fullmatch(r"[0-9a-z_-]{1,64}", known) and not (s.run.wandb / "run-id").exists():
+    if s.me.first and known and re.fullmatch(r"[0-9a-z_-]{1,64}", known) and s.run.wandb_id is None:
         s.journal.publish(s.run.wandb / "run-id", known)
     # What the run folder says is what runs; not before it is known that it can.
     if s.me.first and config.load(s.run.config) != s.given:

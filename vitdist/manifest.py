@@ -169,6 +169,24 @@ def steps(run: RunDir) -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
+def refuse_if_gone(run: RunDir, attempt: int) -> None:
+    """Where there is no checkpoint: raises ValueError if a start before `attempt` has left one. A purge of the scratch
+    file system, or half a copy of the folder, is not to train from scratch unasked."""
+    for earlier in reversed(run.attempts()):
+        if earlier.number >= attempt:
+            continue
+        try:
+            record = rundir.read_json(earlier.train) or {}
+        except (OSError, ValueError):  # a damaged record says nothing
+            continue
+        left = record.get("goes_on_from") or (record.get("step") if record.get("saved") else 0)
+        if isinstance(left, int) and left > 0:
+            raise ValueError(
+                f"{run.checkpoints} holds no checkpoint, but start {earlier.number} has left one of step {left}: bring "
+                "the folder back, or begin anew under another name"
+            )
+
+
 def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Raises Damaged."""
     try:

@@ -138,6 +138,14 @@ class Skips:
     seen: "list[tuple[Tensor, Tensor]]" = field(default_factory=list)
     """Rows and losses of this rank's samples in the newest step, a pair for each micro-batch."""
 
+    def samples(self) -> list[tuple[int, float]]:
+        """(row, loss) of each of this rank's samples in the newest step."""
+        return [
+            (int(row), float(loss))
+            for rows, losses in self.seen
+            for row, loss in zip(rows.tolist(), losses.cpu().tolist(), strict=True)
+        ]
+
 
 class Standing(NamedTuple):
     """Where a run stands by its evaluations so far."""

@@ -94,7 +94,6 @@ def _attempt(begun: Begun) -> dict[str, float] | None:
     journal.stage("transformers")
     from vitdist import assembly, introduction  # with them DeepSpeed, which asks what `dist` chose
     from vitdist.data.reader import DataFailed
-    from vitdist.engine import Diverged
 
     # data, model with a learning rate for each layer, DeepSpeed
     s, about = assembly.assemble(begun)
@@ -103,6 +102,8 @@ def _attempt(begun: Begun) -> dict[str, float] | None:
     resumed, passed_over = checkpoint.resume(s.run, s.engine, s.me, s.identity, s.settings.train.seed)
     if resumed:
         s.writer.began_at(resumed)
+    else:
+        s.me.of_first(lambda: manifest.refuse_if_gone(s.run, s.attempt))
     if s.evaluations:
         s.evaluations.forget_after(resumed.step if resumed else 0)
     s.ledger.goes_on_from(resumed.step if resumed else 0)
@@ -115,8 +116,6 @@ def _attempt(begun: Begun) -> dict[str, float] | None:
         return _to_the_end(s)
     except DataFailed as error:  # out of a loader process it comes with that one's traceback before it
         raise TrainingFailed(str(error).strip().splitlines()[-1].split("DataFailed: ")[-1]) from error
-    except Diverged as error:
-        raise TrainingFailed(f"{error} at step {s.engine.steps + 1}: {_REMEDY}") from error
     except (checkpoint.SaveFailed, checkpoint.Fenced) as error:
         raise TrainingFailed(str(error)) from error
     except ValueError as error:  # before the loop it is bad input, from there on a fault to be seen whole
@@ -131,8 +130,7 @@ def _to_the_end(s: Session) -> dict[str, float] | None:
     try:
         reason = _loop(s)
         if reason is None:
-            s.writer.wait()
-            _tell_saves(s)
+            _settle(s)
             ended = s.engine.steps
             summary = _export(s)
             s.journal.record(state="done", step=ended, summary=summary, ended=rundir.now())
@@ -144,6 +142,18 @@ def _to_the_end(s: Session) -> dict[str, float] | None:
         reason = _reason(s)
     _stop(s, reason)
     return None
+
+
+def _settle(s: Session) -> None:
+    """Wait for the checkpoint of the last step; one that failed is tried once more, since storage has bad moments."""
+    from vitdist.checkpoint import SaveFailed
+
+    with contextlib.suppress(SaveFailed):
+        s.writer.wait()
+    if (s.writer.newest or 0) < s.engine.steps:
+        _save(s)
+        s.writer.wait()
+    _tell_saves(s)
 
 
 def _stop(s: Session, reason: str) -> None:
@@ -201,6 +211,8 @@ def _loop(s: Session) -> str | None:
 
 def _steps(s: Session, batches: "Iterator[MicroBatch]", evaluate_every: int, save_every: int) -> str | None:
     """The loop itself."""
+    from vitdist.engine import Diverged
+
     settings, engine = s.settings, s.engine
     losses: list[Tensor] = []
     broken, skips = Broken(), Skips()
@@ -209,7 +221,10 @@ def _steps(s: Session, batches: "Iterator[MicroBatch]", evaluate_every: int, sav
     s.meter.begin()
     while engine.steps < s.total and not _patience_ends(s, evaluate_every):
         skipped = engine.skipped
-        losses.append(_update(s, batches, broken, skips))
+        try:
+            losses.append(_update(s, batches, broken, skips))
+        except Diverged as error:  # on all ranks alike
+            raise TrainingFailed(_diverged(s, skips, f"{error} at step {engine.steps + 1}")) from error
         step = engine.steps
         last = step == s.total
         row_is_due = step % settings.tracking.log_every == 0 or last
@@ -227,7 +242,8 @@ def _steps(s: Session, batches: "Iterator[MicroBatch]", evaluate_every: int, sav
             losses = []
         s.progress("training")
         _tell_saves(s)
-        stop_now = s.me.any(bool(s.stopping)) and not last
+        # Also where a checkpoint has failed and the settings ask for an end: the next one tells it, and ends.
+        stop_now = s.me.any(bool(s.stopping) or s.writer.must_stop) and not last
         # Saved first: an evaluation may be long, and what it costs to do again is little.
         if step % save_every == 0 or last or stop_now:
             with s.meter.paused():
@@ -358,19 +374,35 @@ def _log(s: Session, losses: "list[Tensor]", broken: Broken) -> None:
 
 
 def _judge_skips(s: Session, skips: Skips) -> None:
-    """After a skipped update: say whose loss was not finite, and end a run that does nothing else any more."""
-    step, most = s.engine.steps, s.settings.train.max_skipped
-    mine = [
-        (int(row), float(loss))
-        for rows, losses in skips.seen
-        for row, loss in zip(rows.tolist(), losses.cpu().tolist(), strict=True)
-    ]
-    spoiled = [(row, loss) for row, loss in mine if not math.isfinite(loss)]
-    ending = skips.in_a_row >= most
+    """After a skipped update: say whose loss or gradient was not finite, and end a run that does nothing else."""
+    step = s.engine.steps
+    ending = skips.in_a_row >= s.settings.train.max_skipped
     # fp16 skips updates in the search for its loss scale; those say nothing.
-    if not ending and not s.me.any(bool(spoiled)):
+    searching = s.engine.precision == "fp16" and not ending
+    if searching and not s.me.any(any(not math.isfinite(loss) for _, loss in skips.samples())):
         return
-    samples = s.training.samples_of() if s.training.samples_of and (spoiled or ending) else None
+    if ending:
+        many = f"{skips.in_a_row} updates in a row up to step {step} were not finite and skipped"
+        raise TrainingFailed(_diverged(s, skips, many))
+    what, text, _ = _spoilt(s, skips)
+    s.journal.warn("skipped_step", f"step {step} is skipped by all ranks: its {what} was not finite ({text})")
+
+
+def _diverged(s: Session, skips: Skips, how: str) -> str:
+    """What to say of a run that ends since its losses or gradients are not finite; it is recorded too. All call it."""
+    what, text, told = _spoilt(s, skips)
+    newest = s.writer.newest
+    s.journal.record(not_finite={"step": s.engine.steps, "in_a_row": skips.in_a_row, "of": what, "ranks": told})
+    remedy = _REMEDY + (", or engine.precision=bf16 where the GPU has it" if s.engine.precision == "fp16" else "")
+    kept = f"; the checkpoint of step {newest} is intact" if newest else ""
+    return f"{how}; in the last the {what} was not ({text}): {remedy}{kept}"
+
+
+def _spoilt(s: Session, skips: Skips) -> tuple[str, str, list[tuple[bool, list[str], int]]]:
+    """(what of the newest update was not finite, the ranks and samples in words, the same of each rank)."""
+    mine = skips.samples()
+    spoiled = [(row, loss) for row, loss in mine if not math.isfinite(loss)]
+    samples = s.training.samples_of() if s.training.samples_of else None
     keys = [samples.index.key(row) if samples else f"number {slot}" for slot, (row, _) in enumerate(spoiled or mine)]
     told = s.me.gather((bool(spoiled), keys[:8], len(keys)))
     of_loss = [(rank, named, count) for rank, (bad, named, count) in enumerate(told) if bad]
@@ -380,14 +412,7 @@ def _judge_skips(s: Session, skips: Skips) -> None:
         f"rank {rank}: samples {', '.join(named)}" + (f" and {count - len(named)} more" if count > len(named) else "")
         for rank, named, count in of_ranks[:4]
     ) + (f"; and {len(of_ranks) - 4} more ranks" if len(of_ranks) > 4 else "")
-    if ending:
-        newest = s.writer.newest
-        s.journal.record(not_finite={"step": step, "in_a_row": skips.in_a_row, "of": what, "ranks": told})
-        raise TrainingFailed(
-            f"{skips.in_a_row} updates in a row up to step {step} were not finite and skipped; in the last the {what} "
-            f"was not ({text}): {_REMEDY}" + (f"; the checkpoint of step {newest} is intact" if newest else "")
-        )
-    s.journal.warn("skipped_step", f"step {step} is skipped by all ranks: its {what} was not finite ({text})")
+    return what, text, told
 
 
 def _note_broken(s: Session, broken: Broken) -> None:
@@ -535,7 +560,10 @@ def _finish(run: RunDir, summary: dict[str, Any]) -> None:
     except Exception:  # the run is complete and saved: say what went wrong and go on
         traceback.print_exc()
         print(f"the report could not be written; try again with: vitdist report {run.path}", file=sys.stderr)
-    console.final_table(run, summary)
+    try:
+        console.final_table(run, summary)
+    except ValueError as error:  # a terminal that cannot print a path
+        print(f"{run.name} is done ({error})")
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -582,13 +610,18 @@ def main(argv: list[str] | None = None) -> int:
             return rundir.EXIT_DONE
         return train(lambda: run or _new_run(args, settings, made), settings, args.attempt, stopping)
     except (ValueError, TrainingFailed) as error:
-        if isinstance(error, ValueError) and made:  # refused: its name is free again
+        if isinstance(error, ValueError) and made and not _holds_work(made[0]):  # refused: its name is free again
             shutil.rmtree(made[0].path)
             with contextlib.suppress(OSError):
                 made[0].path.parent.rmdir()
         world = int(os.environ.get("WORLD_SIZE", "1"))
         print((f"rank {rank}: " if world > 1 else "") + f"error: {error}", file=sys.stderr)
         return rundir.EXIT_REFUSED if isinstance(error, ValueError) else rundir.EXIT_DO_NOT_REQUEUE
+
+
+def _holds_work(run: RunDir) -> bool:
+    """Whether there is more in a run folder than a start that was refused."""
+    return run.model.exists() or bool(manifest.steps(run))
 
 
 def _open(args: argparse.Namespace) -> tuple[Config, RunDir | None]:

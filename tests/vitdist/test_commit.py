@@ -627,7 +627,7 @@ def test_C3_a_run_that_ends_for_a_failed_save_tries_once_more(tmp_path: Path, mo
     assert written.news() == []
     monkeypatch.undo()
     state.update()
-    with pytest.raises(SaveFailed, match=r"step 4 could not .*; that of step 5, where the run ends, could"):
+    with pytest.raises(SaveFailed, match=r"step 4 could not .*; that of step 5, where the run ends, is saved"):
         written.save({})
     assert go_on(run)[0].steps == 5
 

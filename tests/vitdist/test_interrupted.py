@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -228,8 +229,27 @@ def test_C2_a_run_goes_on_or_ends_where_one_rank_cannot_save(
         assert ended(RunDir(tmp_path / "runs" / "run")) == straight(kind)
     else:
         assert codes == [rundir.EXIT_DO_NOT_REQUEUE] * 2
-        assert manifest.steps(RunDir(tmp_path / "runs" / "run")) == [3, 2]
+        # The ranks agree at the end of a step that one of them knows of a failure, and save what they have.
+        newest_step, before = manifest.steps(RunDir(tmp_path / "runs" / "run"))
+        assert newest_step in (5, 6)
+        assert before == 3
+        assert f"that of step {newest_step}, where the run ends, is saved" in output(tmp_path)
         assert interrupted(tmp_path, squares, kind, []) == straight(kind)
+
+
+def test_C4_checkpoints_that_are_gone_are_no_reason_to_begin_anew(tmp_path: Path, squares: Path) -> None:
+    """Purged, or not copied: a start that says so and leaves all as it is."""
+    kind = 9, 1, 1, "fp32"
+    first = given(tmp_path, squares, kind, Strike("step", "SIGTERM", after=5))
+    assert interrupt_workers.start(1, first) == [rundir.EXIT_STOPPED], output(tmp_path)
+    run = RunDir(tmp_path / "runs" / "run")
+    step, away = manifest.steps(run)[0], tmp_path / "away"
+    run.checkpoints.rename(away)
+    assert interrupt_workers.start(1, given(tmp_path, squares, kind)) == [rundir.EXIT_REFUSED], output(tmp_path)
+    assert f"holds no checkpoint, but start 0 has left one of step {step}: bring the folder back" in output(tmp_path)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    away.rename(run.checkpoints)
+    assert interrupt_workers.start(1, given(tmp_path, squares, kind)) == [rundir.EXIT_DONE], output(tmp_path)
 
 
 @pytest.fixture
@@ -399,6 +419,8 @@ def test_N1_a_loss_or_gradient_of_one_rank_that_is_not_finite_is_skipped_by_all(
         assert "rank 0: samples" not in said
     else:
         assert "the gradient, though each loss was finite, was not" in said
+        if precision == "fp32":  # fp16 skips in its search for the loss scale, and says nothing of it
+            assert f"step {first + 1} is skipped by all ranks: its gradient, though each loss was finite" in said
     run = RunDir(tmp_path / "runs" / "run")
     assert rundir.state(run)["state"] == "failed"
     kept = manifest.steps(run)
@@ -422,6 +444,9 @@ def test_N2_a_loss_scale_at_its_end_is_a_reason_with_a_hint(tmp_path: Path, squa
     assert codes == [rundir.EXIT_DO_NOT_REQUEUE], said
     assert "the gradients overflow in fp16 even at the smallest loss scale at step" in said
     assert "lower optim.lr" in said
+    assert "engine.precision=bf16" in said
+    assert "(rank 0: samples " in said
+    assert "is intact" in said
     assert "Traceback" not in said
     run = RunDir(tmp_path / "runs" / "run")
     assert finite(run) == manifest.steps(run) != []
