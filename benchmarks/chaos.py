@@ -489,6 +489,8 @@ class Start:
             if not first:
                 time.sleep(blow.pause_s)
             first = False
+            if who == "wandb-core":  # it comes up beside the training, which takes a second or two
+                _until(lambda: self.victims("wandb-core") or not processes_of(self.folder), GONE_S)
             for pid in self.victims(who):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, getattr(signal, f"SIG{name}"))
@@ -999,7 +1001,7 @@ def _last(text: str) -> str:
     return faults.one_line(lines[-1]) if lines else "no word"
 
 
-def _until(condition: Callable[[], bool], seconds: float) -> bool:
+def _until(condition: Callable[[], object], seconds: float) -> bool:
     """Wait for it; whether it came."""
     deadline = time.monotonic() + seconds
     while not condition():

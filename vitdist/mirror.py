@@ -307,6 +307,7 @@ class Mirror:
     def _log_inputs(self, run: Any, pictures: Pictures) -> None:
         import wandb
 
+        _staged()
         images = [
             wandb.Image(Image.open(io.BytesIO(base64.b64decode(one["jpeg"]))), caption=one["label"], file_type="jpg")
             for one in pictures
@@ -411,6 +412,7 @@ def _pictures(run: RunDir, step: int) -> dict[str, Any]:
     import wandb
 
     def table(samples: list[gallery.Seen]) -> Any:
+        _staged()
         rows = []
         for one in samples:
             picture = Image.open(io.BytesIO(one.stored)).convert("RGB")
@@ -421,6 +423,15 @@ def _pictures(run: RunDir, step: int) -> dict[str, Any]:
 
     shown = {"val/pictures": gallery.spread(run, SHOWN), "val/mistakes": gallery.mistakes(run, SHOWN)}
     return {name: table(samples) for name, samples in shown.items() if samples} | {"train/global_step": step}
+
+
+def _staged() -> None:
+    """W&B lays pictures down in a folder below /tmp that it makes once, when it is imported (0.31): what cleans /tmp
+    on a node takes it away in a run of days."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from wandb.sdk.data_types import _private
+
+        os.makedirs(_private.MEDIA_TMP.name, exist_ok=True)
 
 
 def _public(value: Any) -> Any:

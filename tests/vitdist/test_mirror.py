@@ -6,6 +6,7 @@ pytest tests/vitdist/test_mirror.py
 import base64
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,16 @@ def test_offline_all_of_it_waits_in_the_run_folder(tmp_path: Path, wandb_home: p
     (part,) = run.wandb.glob("offline-run-*")
     media = {file.relative_to(part / "files" / "media").parts[0] for file in part.rglob("media/**/*") if file.is_file()}
     assert media == {"images", "table"}
+
+
+def test_a_cleaned_tmp_costs_no_picture(tmp_path: Path, wandb_home: pytest.MonkeyPatch) -> None:
+    """What a node's cleaner of /tmp does in a run of days, to the folder that W&B makes at its import."""
+    from wandb.sdk.data_types import _private
+
+    shutil.rmtree(_private.MEDIA_TMP.name, ignore_errors=True)
+    run = make_run(tmp_path)
+    assert finish(run, wandb="offline").get("events", []) == []
+    assert list(run.wandb.glob("offline-run-*/files/media/images/*.jpg"))
 
 
 def test_shards_that_are_gone_cost_the_pictures_alone(tmp_path: Path, wandb_home: pytest.MonkeyPatch) -> None:
