@@ -119,7 +119,7 @@ def interrupted(folder: Path, squares: Path, kind: Kind, strikes: Sequence[Strik
         if strike.signal in DEADLY.get(strike.point, ("SIGKILL",)):
             number = -signal.Signals[strike.signal]
             # Until it listens, a rank also ends of the SIGTERM that follows the first one's end: struck or not yet.
-            late = {-signal.SIGTERM} if strike.point in ("start", "import") else set()
+            late = {-signal.SIGTERM} if strike.point in BEFORE[:3] else set()
             assert number in codes, said
             assert {codes[rank] for rank in struck} <= {number} | late, said
             # The other ranks of a run that is done leave while rank 0 writes the report that is missing.
