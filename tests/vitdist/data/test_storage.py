@@ -761,7 +761,8 @@ def test_processes_keep_the_limit_together(server: Server, tmp_path: Path, monke
         for i in range(60):
             at = (i * 7 + child * 11) % 39 * BLOCK + 100
             assert opened.read(0, at, BLOCK) == content[at : at + BLOCK]
-            assert used(cache) <= (8 + 4) * BLOCK + PAGE
+            # A block of each beyond the limit; and what others evict and write while this one counts is counted twice.
+            assert used(cache) <= (8 + 2 * 4) * BLOCK + PAGE
 
     in_children(work)
     assert used(cache) > 4 * BLOCK
