@@ -39,8 +39,6 @@ def agent() -> int:
     args = parser.parse_args()
     assert args.module == "vitdist.train"
     assert args.max_restarts == 0
-    asked: list[int] = []  # as torchrun: SIGTERM is passed on, and their ends are waited for
-    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     workers: dict[int, subprocess.Popen[bytes]] = {}
     for local in range(args.nproc_per_node):
         rank = args.node_rank * args.nproc_per_node + local
@@ -51,7 +49,7 @@ def agent() -> int:
     while True:
         codes = {rank: worker.poll() for rank, worker in workers.items()}
         failed = {rank: code for rank, code in codes.items() if code}
-        if failed or asked:
+        if failed:
             break
         if all(code == 0 for code in codes.values()):
             return 0
@@ -63,8 +61,6 @@ def agent() -> int:
                 worker.wait(3)
             except subprocess.TimeoutExpired:
                 worker.kill()
-    if not failed:
-        return 1
     print("Root Cause (first observed failure):")
     for rank, code in failed.items():
         now = datetime.fromtimestamp(int(time.time())).isoformat(sep="_")
